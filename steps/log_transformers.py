@@ -1,0 +1,102 @@
+"""Log a checkpoint with MLflow's transformers flavor, as a chat model with OpenAI's schema.
+
+python -m steps.log_transformers source=/data/checkpoint
+mlflow models serve -m models:/m-… --env-manager local
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+
+from steps.command import entry_point
+from steps.config import Config
+from steps.provenance import digest_of, read_provenance, require_files, size_mb
+from steps.step import local_path, logged_model_exists, run_step, versions
+
+LIBRARIES = ("mlflow", "transformers", "torch", "accelerate")
+
+
+@dataclass(frozen=True)
+class LoggedTransformers:
+    """A logged model; `content` is the digest of its weights and environment."""
+
+    uri: str
+    model_id: str
+    name: str
+    content: str
+    size_mb: float
+
+
+def log_transformers(checkpoint: Path, config: Config) -> LoggedTransformers:
+    """Log the checkpoint folder as it is: its weights are copied, never loaded."""
+    os.environ["HF_HUB_OFFLINE"] = (
+        "1"  # MLflow looks for a model card at the hub, under whatever name it was given
+    )
+    from huggingface_hub import ModelCard
+
+    provenance = read_provenance(checkpoint)
+    requirements = [
+        f"{package}=={version.split('+')[0]}" for package, version in versions(*LIBRARIES).items()
+    ]
+    content = digest_of([provenance["files"], requirements])
+    name = f"{config.model.name}-transformers"
+    with named_checkpoint(checkpoint, config.model.name) as relative_path:
+        logged = mlflow.transformers.log_model(
+            transformers_model=relative_path,
+            name=name,
+            task="llm/v1/chat",
+            pip_requirements=requirements,
+            input_example={
+                "messages": [{"role": "user", "content": "What is the capital of France?"}]
+            },
+            model_card=ModelCard(
+                f"---\nlicense: {provenance.get('licence', 'unknown')}\n---\n# {config.model.name}\n"
+            ),
+            metadata={
+                "model": config.model.name,
+                "interface": "chat",
+                "content": content,
+                "provenance": provenance,
+            },
+            tags={"model": config.model.name, "interface": "chat"},
+        )
+    return LoggedTransformers(logged.model_uri, logged.model_id, name, content, size_mb(checkpoint))
+
+
+@contextlib.contextmanager
+def named_checkpoint(checkpoint: Path, name: str) -> Iterator[str]:
+    """A working directory in which the checkpoint's relative path is the model's name.
+
+    MLflow 3.17 answers with the path that it was given as `model`.
+    """
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        Path(name).symlink_to(checkpoint, target_is_directory=True)
+        yield name
+
+
+def main(config: Config) -> LoggedTransformers:
+    checkpoint = local_path(config.source, "source", "fetch")
+    require_files(checkpoint, "config.json", made_by="fetch")
+    return run_step(
+        "log_transformers",
+        config,
+        LoggedTransformers,
+        key={
+            "checkpoint": read_provenance(checkpoint)["files"],
+            "model": config.model.name,
+            "tracking": mlflow.get_tracking_uri(),
+            "versions": versions(*LIBRARIES),
+        },
+        code=[Path(__file__)],
+        work=lambda _: log_transformers(checkpoint, config),
+        still_there=lambda result: logged_model_exists(result.model_id),
+    )
+
+
+if __name__ == "__main__":
+    entry_point(main)

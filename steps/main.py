@@ -1,0 +1,148 @@
+"""Run every step in turn, each as a child MLflow run: from the model's source to two registered
+versions.
+
+mlflow run . --env-manager local python -m steps.main model=phi-3-mini-4k-instruct
+target=cuda-int4-rtn-block-32
+"""
+
+import logging
+from typing import Any
+
+import mlflow
+from hydra.core.hydra_config import HydraConfig
+from mlflow.exceptions import ExecutionException
+from rich.console import Console
+from rich.table import Table
+
+from steps.command import entry_point, join_overrides
+from steps.config import ROOT, Config
+from steps.step import mlflow_run
+
+log = logging.getLogger("steps.main")
+
+
+def package(model: str, target: str, overrides: str) -> dict[str, dict[str, Any]]:
+    """Chain the steps through `mlflow.run`; return each one's outcome, with `duration_s` and
+    `reused`.
+    """
+    outcomes: dict[str, dict[str, Any]] = {}
+
+    def run(step: str, **inputs: str) -> str:
+        log.info("main: step %d of 6: %s", len(outcomes) + 1, step)
+        parameters = {"model": model, "target": target, "overrides": overrides, **inputs}
+        outcomes[step] = run_child(step, parameters)
+        return outcomes[step]["uri"]
+
+    checkpoint = run("fetch")
+    onnx = run("export_onnx", source=checkpoint)
+    candidate = run("log_pyfunc", source=onnx)
+    reference = run("log_transformers", source=checkpoint)
+    evaluation = run("evaluate", candidate=candidate, reference=reference)
+    run("register", source=evaluation)
+    return outcomes
+
+
+def run_child(step: str, parameters: dict[str, str]) -> dict[str, Any]:
+    """Run one entry point as a child run; raise with the step's own error where it fails."""
+    parent = mlflow.active_run()
+    assert parent is not None
+    try:
+        submitted = mlflow.run(
+            str(ROOT),
+            entry_point=step,
+            parameters=parameters,
+            experiment_id=parent.info.experiment_id,
+            run_name=step,
+            env_manager="local",
+        )
+    except ExecutionException as error:
+        children = mlflow.MlflowClient().search_runs(
+            [parent.info.experiment_id],
+            filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+        )
+        reason = children[0].data.tags.get("error", str(error)) if children else str(error)
+        raise RuntimeError(f"{step} failed: {reason}") from error
+    run = mlflow.get_run(submitted.run_id)
+    outcome = mlflow.artifacts.load_dict(f"runs:/{submitted.run_id}/result.json")["outcome"]
+    return {
+        **outcome,
+        "duration_s": run.data.metrics["duration_s"],
+        "reused": run.data.tags["reused"] == "true",
+    }
+
+
+def show(outcomes: dict[str, dict[str, Any]]) -> None:
+    """Print what was made, where it lies, and what to look at next."""
+    console = Console(width=120, highlight=False)
+    steps = Table(title="Steps", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("step", "seconds", "outcome"):
+        steps.add_column(
+            column, justify="right" if column == "seconds" else "left", overflow="fold"
+        )
+    for step, outcome in outcomes.items():
+        steps.add_row(
+            step,
+            f"{outcome['duration_s']:.1f}",
+            ("reused " if outcome["reused"] else "") + outcome["uri"],
+        )
+    evaluation, registration = outcomes["evaluate"], outcomes["register"]
+    candidate, reference = evaluation["candidate_metrics"], evaluation["reference_metrics"]
+    figures = Table(
+        title=f"Verdict: {evaluation['verdict']}",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    for column in ("metric", "ONNX", "checkpoint", "gate"):
+        figures.add_column(column, justify="left" if column == "metric" else "right")
+    bounds = {gate["metric"]: gate for gate in evaluation["gates"]}
+    for metric in reference | candidate:
+        if metric != "scored_tokens":
+            values = [
+                f"{side[metric]:,.4g}" if metric in side else "" for side in (candidate, reference)
+            ]
+            gate = bounds.get(metric, {"min": None, "max": None})
+            words = [
+                f"{s} {gate[k]:g}" for k, s in (("min", "≥"), ("max", "≤")) if gate[k] is not None
+            ]
+            figures.add_row(metric, *values, " and ".join(words))
+    console.print(steps, "", figures, "")
+    for reason in evaluation["reasons"]:
+        console.print(f"  {reason}")
+    for version in registration["versions"]:
+        alias = f" @{version['alias']}" if version["alias"] else " (no alias)"
+        console.print(
+            f"Registered  {version['name']} version {version['version']}{alias}", soft_wrap=True
+        )
+    console.print(f"Report      {evaluation['report']}", soft_wrap=True)
+    tracking = mlflow.get_tracking_uri()
+    server = f" --backend-store-uri {tracking}" if not tracking.startswith("http") else ""
+    console.print(
+        f"Look        mlflow ui{server}" if server else f"Look        {tracking}", soft_wrap=True
+    )
+    serve = f"mlflow models serve -m {registration['uri']} --env-manager local --port 5001"
+    console.print(f"Serve       MLFLOW_TRACKING_URI={tracking} {serve}", soft_wrap=True)
+
+
+def main(config: Config) -> None:
+    hydra = HydraConfig.get()
+    choices, overrides = hydra.runtime.choices, join_overrides(list(hydra.overrides.task))
+    with mlflow_run("main"):
+        mlflow.log_params({"model.name": config.model.name, "target.name": config.target.name})
+        outcomes = package(choices["model"], choices["target"], overrides)
+        evaluation = outcomes["evaluate"]
+        mlflow.set_tags(
+            {"verdict": evaluation["verdict"], "registered": outcomes["register"]["uri"]}
+        )
+        mlflow.log_metrics(
+            {f"{step}.duration_s": outcome["duration_s"] for step, outcome in outcomes.items()}
+        )
+        mlflow.log_metrics(evaluation["candidate_metrics"])
+        mlflow.log_dict(outcomes, "result.json")
+    show(outcomes)
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,214 @@
+"""Measure one logged model in a process of its own: how it loads, answers and scores texts.
+
+    python -m steps.measure models:/m-… --texts work/texts.json --out work/reference
+
+`evaluate` runs it twice with the same texts: the reference writes its tokens and log-probabilities
+to `--out`, the candidate reads them there and is compared with them, chunk for chunk.
+"""
+
+import argparse
+import json
+import logging
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlflow
+import numpy as np
+from tqdm import tqdm
+
+from steps.step import set_up_logging
+
+log = logging.getLogger("steps.measure")
+
+
+class Measured(Protocol):
+    """A loaded model: answers as its users get them, and next-token log-probabilities."""
+
+    def answer(self, messages: list[dict[str, str]], max_tokens: int) -> tuple[str, int, int]:
+        """The greedy answer, its prompt's tokens and its own."""
+
+    def log_probabilities(self, tokens: list[int]) -> np.ndarray:
+        """Natural-log probabilities after each token: float32 [tokens, vocabulary]."""
+
+
+class Transformers:
+    """MLflow's transformers flavor, asked through its chat interface."""
+
+    def __init__(self, uri: str) -> None:
+        # Without do_sample=False transformers 5 samples at temperature 0.7.
+        self.pyfunc = mlflow.pyfunc.load_model(uri, model_config={"do_sample": False})
+        self.pipeline = self.pyfunc.get_raw_model()
+
+    def answer(self, messages: list[dict[str, str]], max_tokens: int) -> tuple[str, int, int]:
+        [completion] = self.pyfunc.predict({"messages": messages, "max_tokens": max_tokens})
+        usage = completion["usage"]
+        return (
+            completion["choices"][0]["message"]["content"],
+            usage["prompt_tokens"],
+            usage["completion_tokens"],
+        )
+
+    def log_probabilities(self, tokens: list[int]) -> np.ndarray:
+        import torch
+
+        model = self.pipeline.model
+        with torch.inference_mode():
+            logits = model(torch.tensor([tokens], device=model.device)).logits[0]
+            return torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
+
+    def encode(self, text: str) -> list[int]:
+        return self.pipeline.tokenizer(text)["input_ids"]
+
+
+class Prompt:
+    """The ONNX model's prompt interface; its own chat template makes the prompts."""
+
+    def __init__(self, uri: str) -> None:
+        self.pyfunc = mlflow.pyfunc.load_model(uri)
+        self.runtime = self.pyfunc.unwrap_python_model().runtime
+        self.log_probabilities = self.runtime.log_probabilities
+
+    def answer(self, messages: list[dict[str, str]], max_tokens: int) -> tuple[str, int, int]:
+        prompt = self.runtime.render(messages)
+        parameters = {"max_tokens": max_tokens, "temperature": 0.0}
+        [text] = self.pyfunc.predict({"prompt": prompt}, params=parameters)
+        answered = len(self.runtime.encode(text)) if text else 0
+        return (
+            text,
+            len(self.runtime.encode(prompt)),
+            min(max_tokens, answered + 1),
+        )  # with the end token
+
+
+def measure_speed(model: Measured, texts: dict[str, Any]) -> dict[str, float]:
+    """Time answers of one token and of `max_new_tokens`, each to a prompt that was not seen before.
+
+    Time to first token is that of an answer of one token; decoding is timed over the tokens after
+    it.
+    """
+    first_token_s, prefill, decode = [], [], []
+    model.answer([{"role": "user", "content": "Hello"}], 2)  # warm-up
+    for prompt in tqdm(texts["speed_prompts"], desc="speed", leave=False):
+        start = time.perf_counter()
+        _, prompt_tokens, _ = model.answer([{"role": "user", "content": prompt}], 1)
+        first_token_s.append(time.perf_counter() - start)
+        prefill.append(prompt_tokens / first_token_s[-1])
+        start = time.perf_counter()
+        _, _, tokens = model.answer(
+            [{"role": "user", "content": f"Again. {prompt}"}], texts["max_new_tokens"]
+        )
+        if tokens > 1:
+            decode.append((tokens - 1) / max(time.perf_counter() - start - first_token_s[-1], 1e-9))
+    return {
+        "ttft_s_p50": statistics.median(first_token_s),
+        "prefill_tokens_per_s": statistics.median(prefill),
+        "decode_tokens_per_s": statistics.median(decode) if decode else float("nan"),
+    }
+
+
+def write_reference(model: Transformers, texts: dict[str, Any], out: Path) -> dict[str, float]:
+    """Score the texts, and leave each window's tokens and log-probabilities in `out`; return the
+    perplexity.
+    """
+    windows = token_windows(
+        [model.encode(text) for text in texts["texts"]], texts["window"], texts["max_tokens"]
+    )
+    losses: list[float] = []
+    for i, tokens in enumerate(tqdm(windows, desc="scoring", leave=False)):
+        logp = model.log_probabilities(tokens)[:-1]
+        losses += (-logp[np.arange(len(logp)), tokens[1:]]).tolist()
+        np.save(out / f"tokens-{i:04}.npy", np.array(tokens))
+        np.save(out / f"logp-{i:04}.npy", logp)
+    return {"perplexity": float(np.exp(np.mean(losses))), "scored_tokens": float(len(losses))}
+
+
+def compare_with_reference(model: Measured, reference: Path) -> dict[str, float]:
+    """Score the same tokens and compare the distributions: KL(reference || candidate) in nats,
+    top-1 agreement.
+
+    Memory is bounded by one window.
+    """
+    losses, reference_losses, divergences, agreements = [], [], [], []
+    for path in tqdm(sorted(reference.glob("tokens-*.npy")), desc="scoring", leave=False):
+        tokens = np.load(path).tolist()
+        p = np.load(path.with_name(path.name.replace("tokens", "logp")))
+        q = model.log_probabilities(tokens)[:-1, : p.shape[1]]
+        rows = np.arange(len(p))
+        losses += (-q[rows, tokens[1:]]).tolist()
+        reference_losses += (-p[rows, tokens[1:]]).tolist()
+        divergences += (np.exp(p) * (p - q)).sum(axis=-1).tolist()
+        agreements += (p.argmax(axis=-1) == q.argmax(axis=-1)).tolist()
+    perplexity = float(np.exp(np.mean(losses)))
+    return {
+        "perplexity": perplexity,
+        "perplexity_ratio": perplexity / float(np.exp(np.mean(reference_losses))),
+        "kl_divergence": float(np.mean(divergences)),
+        "top1_agreement": float(np.mean(agreements)),
+        "scored_tokens": float(len(losses)),
+    }
+
+
+def token_windows(texts: list[list[int]], window: int, max_tokens: int) -> list[list[int]]:
+    """Cut each text's tokens into windows, `max_tokens` in all; a window of one token scores
+    nothing.
+    """
+    windows: list[list[int]] = []
+    for tokens in texts:
+        for start in range(0, len(tokens), window):
+            left = max_tokens - sum(map(len, windows))
+            windows.append(tokens[start : start + min(window, left)])
+    return [tokens for tokens in windows if len(tokens) > 1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("uri", help="URI of a logged model")
+    parser.add_argument(
+        "--texts", type=Path, required=True, help="JSON: texts, prompts and how much to measure"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for measured.json")
+    parser.add_argument(
+        "--reference", type=Path, help="folder that the reference's measurement left"
+    )
+    arguments = parser.parse_args()
+    set_up_logging()
+    texts = json.loads(arguments.texts.read_text())
+
+    start = time.perf_counter()
+    try:
+        model = Prompt(arguments.uri) if arguments.reference else Transformers(arguments.uri)
+    except RuntimeError as error:
+        if type(error).__name__ != "ExecutionProviderUnavailable":  # the class ships with the model
+            raise
+        (arguments.out / "measured.json").write_text(json.dumps({"unavailable": str(error)}))
+        return
+    metrics = {"load_s": time.perf_counter() - start}
+    log.info("measure: %s loaded in %.1f s", arguments.uri, metrics["load_s"])
+    metrics |= measure_speed(model, texts)
+    prompts = tqdm(texts["prompts"], desc="prompts", leave=False)
+    answers = [model.answer(messages, texts["max_new_tokens"])[0] for messages in prompts]
+    metrics["peak_rss_mb"] = peak_rss_mb()  # of serving: scoring needs more
+    if arguments.reference:
+        metrics |= compare_with_reference(model, arguments.reference)
+    else:
+        assert isinstance(model, Transformers)
+        metrics |= write_reference(model, texts, arguments.out)
+    (arguments.out / "measured.json").write_text(
+        json.dumps({"metrics": metrics, "answers": answers}, indent=2)
+    )
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process, in MB (10^6 bytes); Linux counts KiB, macOS bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Put what passed its evaluation into the Model Registry, under an alias.
+
+    python -m steps.register source=work/evaluate/<key>
+    python -m steps.register source=runs:/<run id of evaluate>/result.json register.alias=challenger
+
+Both logged models become versions: the ONNX model and the checkpoint that it was held against.
+Without a passing verdict no version gets the alias; after a failed one nothing is registered at
+all.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from steps.command import entry_point
+from steps.config import Config
+from steps.step import local_path, run_step
+
+log = logging.getLogger("steps.register")
+
+
+@dataclass(frozen=True)
+class Registration:
+    """The versions, as dicts of name, version and alias ("" for none); `uri` is the ONNX model's."""
+
+    uri: str
+    verdict: str
+    versions: list[dict[str, str]]
+
+
+def register(evaluation: dict[str, Any], alias: str) -> Registration:
+    """Create a version for each model unless its content and verdict have one; set the alias on
+    both at the end.
+    """
+    verdict = evaluation["verdict"]
+    if verdict == "failed":
+        raise ValueError(
+            f"not registered, the evaluation failed: {'; '.join(evaluation['reasons'])}."
+        )
+    client = MlflowClient()
+    versions = [
+        version_of(client, evaluation[side], evaluation) for side in ("candidate", "reference")
+    ]
+    if verdict != "passed":
+        log.info("register: no alias %s: %s", alias, "; ".join(evaluation["reasons"]))
+        alias = ""
+    for version in versions if alias else []:
+        client.set_registered_model_alias(version.name, alias, version.version)
+    return Registration(
+        uri=f"models:/{versions[0].name}@{alias}"
+        if alias
+        else f"models:/{versions[0].name}/{versions[0].version}",
+        verdict=verdict,
+        versions=[{"name": v.name, "version": str(v.version), "alias": alias} for v in versions],
+    )
+
+
+def version_of(client: MlflowClient, uri: str, evaluation: dict[str, Any]) -> ModelVersion:
+    """The version of a logged model's content under this verdict: the one that there is, else a new
+    one.
+    """
+    info = mlflow.models.get_model_info(uri)
+    name = mlflow.get_logged_model(info.model_id).name
+    tags = provenance_tags(info.metadata or {}, evaluation)
+    try:
+        found = client.search_model_versions(
+            f"name = '{name}' and tags.content = '{tags['content']}'"
+        )
+    except MlflowException:
+        found = []
+    for version in found:
+        if version.tags.get("verdict") == tags["verdict"]:
+            log.info("register: %s version %s holds this content already", name, version.version)
+            return version
+    return mlflow.register_model(uri, name, tags=tags)
+
+
+def provenance_tags(metadata: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, str]:
+    """What a version's tags say: where its weights came from, what made them, and how they were
+    judged.
+    """
+    provenance = metadata["provenance"]
+    checkpoint = provenance.get("checkpoint", provenance)
+    tags = {
+        "content": metadata["content"],
+        "interface": metadata["interface"],
+        "target": provenance.get("target", ""),
+        "source": checkpoint["source"],
+        "revision": checkpoint.get("revision", ""),
+        "licence": checkpoint.get("licence", ""),
+        "verdict": evaluation["verdict"],
+        "verdict_reasons": "; ".join(evaluation["reasons"]),
+        "evaluated_with": evaluation["candidate"]
+        if "target" not in provenance
+        else evaluation["reference"],
+        "versions": json.dumps(provenance.get("versions", {})),
+        "sha256": json.dumps(
+            {n: d for n, d in provenance["files"].items() if n.endswith((".data", ".safetensors"))}
+        ),
+    }
+    return {key: value[:5000] for key, value in tags.items() if value}
+
+
+def versions_exist(registration: Registration) -> bool:
+    """Whether the registry still has the versions; where their aliases point by now is not this
+    step's to undo.
+    """
+    try:
+        for version in registration.versions:
+            MlflowClient().get_model_version(version["name"], version["version"])
+    except MlflowException:
+        return False
+    return True
+
+
+def main(config: Config) -> Registration:
+    path = local_path(config.source, "source", "evaluate")
+    path = path / "result.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"source={config.source} has no result.json: evaluate did not finish. Run it again."
+        )
+    evaluation = json.loads(path.read_text())["outcome"]
+    return run_step(
+        "register",
+        config,
+        Registration,
+        key={
+            "evaluation": {
+                k: evaluation[k] for k in ("candidate", "reference", "verdict", "gates")
+            },
+            "alias": config.register.alias,
+            "registry": mlflow.get_registry_uri(),
+        },
+        code=[Path(__file__)],
+        work=lambda _: register(evaluation, config.register.alias),
+        still_there=versions_exist,
+    )
+
+
+if __name__ == "__main__":
+    entry_point(main)
