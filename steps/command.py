@@ -62,28 +62,34 @@ def entry_point(step: Callable[[Config], object]) -> None:
     set_up_logging()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints and exits without it; here it has to raise
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints the error itself, and exits
+    exit_code = 0
 
     @hydra_main(version_base="1.3", config_path=str(CONF), config_name="config")
     def composed(config: DictConfig) -> None:
-        step(OmegaConf.to_object(config))  # type: ignore[arg-type]
+        nonlocal exit_code
+        typed = OmegaConf.to_object(config)
+        assert isinstance(typed, Config)
+        try:
+            step(typed)
+        except Exception as error:  # here, so that the other jobs of a --multirun go on
+            if show_traceback or not isinstance(error, EXPECTED_ERRORS):
+                log.exception("%s failed", name)
+            end_run_with_error(name, one_line(error))
+            exit_code = 1
 
     try:
         sys.argv[1:] = hydra_arguments(name, sys.argv[1:])
         composed()
     except KeyboardInterrupt:
         end_run_with_error(name, "interrupted", status="KILLED")
-        sys.exit(130)
+        exit_code = 130
     except (HydraException, OmegaConfBaseException) as error:
         if show_traceback:
             log.exception("composing conf/ failed")
         end_run_with_error(name, explain(error))
-        sys.exit(2)
-    except Exception as error:
-        if show_traceback or not isinstance(error, EXPECTED_ERRORS):
-            log.exception("%s failed", name)
-        end_run_with_error(name, one_line(error))
-        sys.exit(1)
+        exit_code = 2
+    sys.exit(exit_code)
 
 
 def hydra_arguments(name: str, argv: list[str]) -> list[str]:
@@ -145,7 +151,9 @@ def explain(error: Exception) -> str:
     ) is not None and cause not in causes:
         causes.append(cause)
     lines = [line.strip() for cause in causes for line in str(cause).splitlines()]
-    text = "; ".join(dict.fromkeys(line for line in lines if line and "$VALUE" not in line))
+    text = "; ".join(
+        dict.fromkeys(line for line in lines if line not in ("", "None") and "$VALUE" not in line)
+    )
     if choice := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, name = choice.groups()
         valid = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
@@ -157,6 +165,8 @@ def explain(error: Exception) -> str:
         key = key or unknown.group(1)
         valid = ", ".join(keys_beside(key)) or f"any, added as +{key}=…"
         return f"{where}: unknown key {key!r}; valid: {valid}"
+    if "mismatched input" in text or "no viable alternative" in text:
+        text += "; quote a value that holds = , or brackets: key=\"'value'\""
     reason = re.sub(r"; (full_key|object_type|reference_type)[=:][^;]*", "", text)
     return f"{where}: {f'key {key!r}: ' if key else ''}{reason}"
 

@@ -119,7 +119,8 @@ def read_texts(config: Evaluate) -> dict[str, Any]:
         "texts": [row["text"] for row in rows],
         "prompts": [row["messages"] for row in read_jsonl(config.prompts, "messages")],
         "speed_prompts": [
-            f"Here is a passage. {rows[i % len(rows)]['text'][:600]} Now write a long story about {topics[i % 7]}."
+            f"Here is a passage. {rows[i % len(rows)]['text'][:600]} "
+            f"Now write a long story about {topics[i % len(topics)]}."
             for i in range(config.repeats)
         ],
         "window": config.window,
@@ -208,7 +209,7 @@ def explain_gate(gate: dict[str, Any]) -> str:
 
 def logged_size_mb(uri: str) -> float:
     """Size of a logged model's artifacts, in MB (10^6 bytes), as MLflow recorded it."""
-    return mlflow.models.Model.load(uri).model_size_bytes / 1e6
+    return (mlflow.models.Model.load(uri).model_size_bytes or 0) / 1e6
 
 
 def publish(evaluation: Evaluation) -> None:
@@ -230,7 +231,8 @@ def main(config: Config) -> Evaluation:
     for parameter, made_by in (("candidate", "log_pyfunc"), ("reference", "log_transformers")):
         if not getattr(config, parameter):
             raise ValueError(
-                f"{parameter} is missing: pass the URI that {made_by} ended with, as {parameter}=<uri>."
+                f"{parameter} is missing: pass the URI that {made_by} ended with, "
+                f"as {parameter}=<uri>."
             )
     candidate, reference = str(config.candidate), str(config.reference)
     data = [

@@ -198,18 +198,17 @@ def require_same_tokens(runtime: Runtime, checkpoint: Path) -> int:
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if runtime.render(messages) != rendered:
         raise RuntimeError(
-            f"the chat template renders as {runtime.render(messages)!r}; the checkpoint's {rendered!r}."
+            f"the chat template renders as {runtime.render(messages)!r}; "
+            f"the checkpoint's as {rendered!r}."
         )
     differences = 0
     for text in (rendered, *PROBES):
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
         found = [int(token) for token in runtime.tokenizer.encode(text)]
-        found = (
-            found[len(found) - len(expected) :] if found[:1] == [tokenizer.bos_token_id] else found
-        )
-        if found == expected:
+        if found in (expected, [tokenizer.bos_token_id, *expected]):
             continue
-        message = f"the exported tokenizer encodes {text!r} as {found[:8]}…, the checkpoint's as {expected[:8]}…"
+        message = f"the exported tokenizer encodes {text!r} as {found[:8]}…, "
+        message += f"the checkpoint's as {expected[:8]}…"
         if text == rendered or -1 in found:
             raise RuntimeError(
                 f"{message}: onnxruntime-genai does not support this tokenizer.json."

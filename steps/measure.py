@@ -39,7 +39,7 @@ class Transformers:
     """MLflow's transformers flavor, asked through its chat interface."""
 
     def __init__(self, uri: str) -> None:
-        # Without do_sample=False transformers 5 samples at temperature 0.7.
+        # Without do_sample=False the pipeline of transformers 5 samples at temperature 0.7.
         self.pyfunc = mlflow.pyfunc.load_model(uri, model_config={"do_sample": False})
         self.pipeline = self.pyfunc.get_raw_model()
 

@@ -28,7 +28,7 @@ log = logging.getLogger("steps.register")
 
 @dataclass(frozen=True)
 class Registration:
-    """The versions, as dicts of name, version and alias ("" for none); `uri` is the ONNX model's."""
+    """Versions, as dicts of name, version and alias ("": none); `uri` is the ONNX model's."""
 
     uri: str
     verdict: str
@@ -69,13 +69,8 @@ def version_of(client: MlflowClient, uri: str, evaluation: dict[str, Any]) -> Mo
     info = mlflow.models.get_model_info(uri)
     name = mlflow.get_logged_model(info.model_id).name
     tags = provenance_tags(info.metadata or {}, evaluation)
-    try:
-        found = client.search_model_versions(
-            f"name = '{name}' and tags.content = '{tags['content']}'"
-        )
-    except MlflowException:
-        found = []
-    for version in found:
+    content = f"name = '{name}' and tags.content = '{tags['content']}'"
+    for version in client.search_model_versions(content):
         if version.tags.get("verdict") == tags["verdict"]:
             log.info("register: %s version %s holds this content already", name, version.version)
             return version

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import mlflow
 import requests
@@ -39,7 +39,7 @@ EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MlflowException, requests.
 class Outcome(Protocol):
     """A frozen dataclass; `uri` is what the next step takes."""
 
-    __dataclass_fields__: dict[str, Any]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def uri(self) -> str: ...
@@ -78,8 +78,12 @@ def run_step(
                 log.info("%s: started, in %s", name, folder)
                 shutil.rmtree(folder, ignore_errors=True)
                 make_folder(folder)
-                result = work(folder)
-                write_result(folder, result, digest)
+                try:
+                    result = work(folder)
+                    write_result(folder, result, digest)
+                except BaseException:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
         seconds = time.monotonic() - start
         log.info("%s: %s in %.1f s: %s", name, "reused" if reused else "done", seconds, result.uri)
         mlflow.set_tags({"reused": str(reused).lower(), "key": digest[:16]})
@@ -132,8 +136,8 @@ def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
     except MlflowException as error:
         if run_id and "not found" in str(error):
             raise ValueError(
-                f"run {run_id} is not in {mlflow.get_tracking_uri()}: `mlflow run` was started in another folder. "
-                "Start it in the project's, or set MLFLOW_TRACKING_URI to an absolute URI."
+                f"run {run_id} is not in {mlflow.get_tracking_uri()}: `mlflow run` was started in "
+                "another folder. Set MLFLOW_TRACKING_URI to an absolute URI."
             ) from error
         raise
     yield run
@@ -219,7 +223,7 @@ def read_result(folder: Path, outcome: type[T]) -> T | None:
 
 def write_result(folder: Path, result: Outcome, digest: str) -> None:
     """Write result.json in one motion: where it stands, the step finished."""
-    text = json.dumps({"key": digest, "outcome": dataclasses.asdict(result)}, indent=2)  # type: ignore[call-overload]
+    text = json.dumps({"key": digest, "outcome": dataclasses.asdict(result)}, indent=2)
     partial = folder / "result.json.partial"
     partial.write_text(text + "\n")
     partial.replace(folder / "result.json")
@@ -236,7 +240,7 @@ def is_intact(folder: Path, result: Outcome) -> bool:
 
 def numbers(result: Outcome) -> dict[str, float]:
     """The outcome's numbers, as metrics."""
-    values = dataclasses.asdict(result)  # type: ignore[call-overload]
+    values = dataclasses.asdict(result)
     return {
         k: float(v)
         for k, v in values.items()

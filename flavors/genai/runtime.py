@@ -71,7 +71,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer; `finish_reason` is `stop` or `length`, `completion_tokens` counts the end token."""
+    """An answer; `finish_reason` is `stop` or `length`, the end token counts as generated."""
 
     text: str
     prompt_tokens: int
