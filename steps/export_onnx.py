@@ -118,7 +118,7 @@ def run_builder(arguments: list[str], layers: int, cache: Path) -> tuple[float, 
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",
     }
-    last_lines: collections.deque[str] = collections.deque(maxlen=15)
+    last_lines: collections.deque[str] = collections.deque(["it printed nothing"], 15)
     start = time.monotonic()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -143,14 +143,12 @@ def run_builder(arguments: list[str], layers: int, cache: Path) -> tuple[float, 
             process.terminate()
             process.wait()
     if process.returncode:
-        text = "\n".join(last_lines)
-        if architecture := re.search(
-            r"NotImplementedError: The (\S+) model is not currently supported", text
-        ):
-            raise RuntimeError(
-                f"the model builder does not support the architecture {architecture.group(1)}."
-            )
-        raise RuntimeError(f"the model builder failed with exit code {process.returncode}: {text}")
+        if "NotImplementedError" in last_lines[-1]:
+            raise RuntimeError("the model builder does not support this checkpoint's architecture.")
+        log.error("export_onnx: the model builder's last lines:\n%s", "\n".join(last_lines))
+        raise RuntimeError(
+            f"the model builder failed with exit code {process.returncode}: {last_lines[-1]}"
+        )
     return round(time.monotonic() - start, 1), round(usage.ru_maxrss / 1024 * 1.048576, 1)
 
 

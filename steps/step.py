@@ -26,6 +26,7 @@ import requests
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 
 from steps.config import ROOT, Config
 from steps.provenance import digest_files, digest_of
@@ -33,7 +34,7 @@ from steps.provenance import digest_files, digest_of
 log = logging.getLogger("steps")
 
 # What a user can cause and mend: reported as one line, without a traceback.
-EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MlflowException, requests.RequestException)
+EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MlflowException, SafetensorError)
 
 
 class Outcome(Protocol):
