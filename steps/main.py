@@ -138,7 +138,9 @@ def main(config: Config) -> None:
     hydra = HydraConfig.get()
     choices = hydra.runtime.choices
     chosen = ("model=", "target=")
-    overrides = join_overrides([o for o in hydra.overrides.task if not o.startswith(chosen)])
+    search_path = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
+    own = [o for o in hydra.overrides.task if not o.startswith(chosen)]
+    overrides = join_overrides([*search_path, *own])
     with mlflow_run("main"):
         mlflow.log_params({"model.name": config.model.name, "target.name": config.target.name})
         outcomes = package(choices["model"], choices["target"], overrides)

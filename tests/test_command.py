@@ -1,0 +1,87 @@
+import pytest
+
+from steps.command import hydra_arguments, join_overrides, split_overrides
+from tests.conftest import Project
+
+
+def test_overrides_split_at_spaces_outside_quotes_and_brackets() -> None:
+    text = """a=1 b='x y'  c="it's" d=[1, 2] e={f: 'g h'} 'i=j k'"""
+    assert split_overrides(text) == [
+        "a=1",
+        "b='x y'",
+        'c="it\'s"',
+        "d=[1, 2]",
+        "e={f: 'g h'}",
+        "i=j k",
+    ]
+
+
+@pytest.mark.parametrize("overrides", [["a=1", "b='x y'"], ["c=x y"], ['d="a" b'], []])
+def test_joined_overrides_split_into_the_same(overrides: list[str]) -> None:
+    assert split_overrides(join_overrides(overrides)) == overrides
+
+
+def test_mlproject_parameters_become_quoted_overrides_and_empty_ones_vanish() -> None:
+    argv = ["--model", "m", "--source", "/a b/it's,=1", "--target", "", "--overrides", "x=1 y=2"]
+    assert hydra_arguments("export_onnx", argv) == [
+        "model='m'",
+        r"source='/a b/it\'s,=1'",
+        "x=1",
+        "y=2",
+    ]
+
+
+def test_hydra_flags_pass_through() -> None:
+    assert hydra_arguments("fetch", ["--cfg", "job", "--multirun", "a=1,2"]) == [
+        "--cfg",
+        "job",
+        "--multirun",
+        "a=1,2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        (
+            "model=phi-9",
+            "conf/model/phi-9.yaml does not exist: model=phi-9 is unknown; valid: phi-3",
+        ),
+        ("target=tpu", "conf/target/tpu.yaml does not exist"),
+        (
+            "evaluate.repeat=1",
+            "conf/evaluate/smoke.yaml: unknown key 'evaluate.repeat'; valid: texts",
+        ),
+        ("evaluate.repeats=many", "conf/evaluate/smoke.yaml: key 'evaluate.repeats': "),
+        ("target.precision=int5", "expected one of [int4, int8, bf16, fp16, fp32]"),
+        ("colour=red", "conf/config.yaml: unknown key 'colour'; valid: model, target"),
+        ("nonsense", "command line: "),
+    ],
+)
+def test_a_wrong_configuration_ends_with_one_line_that_names_file_and_key(
+    project: Project, argument: str, words: str
+) -> None:
+    process = project.step("fetch", argument)
+    assert process.returncode == 2
+    [line] = process.stderr.strip().splitlines()
+    assert line.startswith("fetch: ") and words in line
+
+
+def test_a_wrong_configuration_leaves_the_mlflow_run_failed_with_that_line(
+    project: Project,
+) -> None:
+    process = project.mlflow_run("fetch", "overrides=evaluate.repeat=1")
+    assert process.returncode == 1
+    [run] = project.client.search_runs(["1"])
+    assert run.info.status == "FAILED"
+    assert "unknown key 'evaluate.repeat'" in run.data.tags["error"]
+
+
+def test_an_undeclared_parameter_is_refused_with_the_valid_ones(project: Project) -> None:
+    process = project.mlflow_run("fetch", "colour=red")
+    assert "fetch has no parameter 'colour'; valid: model, target, overrides" in process.stderr
+
+
+def test_help_and_cfg_are_hydras(project: Project) -> None:
+    assert "== Configuration groups ==" in project.step("fetch", "--help").stdout
+    assert "licence: apache-2.0" in project.step("fetch", "--cfg", "job").stdout

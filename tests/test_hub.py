@@ -1,0 +1,173 @@
+"""The hf:// source with the real huggingface_hub client, against a hub on loopback that serves one
+model.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Project
+
+COMMIT = "1234567890abcdef1234567890abcdef12345678"
+
+
+class Hub(ThreadingHTTPServer):
+    """The hub's two calls that fetch needs: what a model holds at a revision, and its files, in
+    ranges.
+    """
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = files
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.tokens: set[str | None] = set()
+        self.cut_off_after: int | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET(body=False)
+
+    def do_GET(self, body: bool = True) -> None:
+        path = self.path.split("?")[0]
+        self.server.requests.append((self.command, path, self.headers.get("Range")))
+        self.server.tokens.add(self.headers.get("Authorization"))
+        if path.startswith("/api/models/acme/tiny/revision/"):
+            self.answer(json.dumps(self.model_info()).encode(), "application/json")
+        elif path.startswith(f"/acme/tiny/resolve/{COMMIT}/"):
+            self.file(path.rsplit("/", 1)[1], body)
+        else:
+            self.send_response(404)
+            self.end_headers()
+
+    def model_info(self) -> dict[str, object]:
+        siblings: list[dict[str, object]] = []
+        for name, content in self.server.files.items():
+            sibling: dict[str, object] = {"rfilename": name, "size": len(content), "blobId": "0"}
+            if name.endswith(".safetensors"):
+                digest = hashlib.sha256(content).hexdigest()
+                sibling["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 1}
+            siblings.append(sibling)
+        card = {"license": "apache-2.0"}
+        return {"id": "acme/tiny", "sha": COMMIT, "siblings": siblings, "cardData": card}
+
+    def file(self, name: str, body: bool) -> None:
+        content = self.server.files[name]
+        start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if body:
+            cut = self.server.cut_off_after if name.endswith(".safetensors") else None
+            self.wfile.write(content[start : cut if cut else len(content)])
+
+    def answer(self, content: bytes, kind: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(smollm2: Path) -> Iterator[Hub]:
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    files = {name: (smollm2 / name).read_bytes() for name in (*names, "model.safetensors")}
+    extra = {"pytorch_model.bin": b"pickle", "modeling_evil.py": b"evil", "README.md": b"readme"}
+    server = Hub(files | extra)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def fetch(project: Project, hub: Hub, **environment: str) -> subprocess.CompletedProcess[str]:
+    arguments = ["model.name=tiny", "model.source=hf://acme/tiny@main", "model.sha256={}"]
+    cache = {
+        "HF_HOME": str(project.folder / "hf"),
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    command = [sys.executable, "-m", "steps.fetch", *arguments]
+    return project.run(command, **cache, **environment)
+
+
+def test_a_branch_is_pinned_to_its_commit_and_only_the_needed_files_come(
+    project: Project, hub: Hub
+) -> None:
+    process = fetch(project, hub, HF_TOKEN="hf_secretsecretsecret")
+    assert process.returncode == 0, process.stderr
+    outcome = project.outcome("fetch")
+    assert outcome["revision"] == COMMIT
+    wanted = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert set(outcome["files"]) == wanted | {"model.safetensors"}
+    assert not [path for _, path, _ in hub.requests if path.endswith((".bin", ".py", "README.md"))]
+
+
+def test_the_token_is_sent_but_never_logged(project: Project, hub: Hub) -> None:
+    process = fetch(project, hub, HF_TOKEN="hf_secretsecretsecret")
+    assert "Bearer hf_secretsecretsecret" in hub.tokens
+    [run] = project.runs("fetch")
+    logged = json.dumps([run.data.params, run.data.tags, project.outcome("fetch")])
+    assert "hf_secret" not in logged + process.stdout + process.stderr
+
+
+def test_a_download_that_broke_off_is_resumed(project: Project, hub: Hub) -> None:
+    hub.cut_off_after = 100_000_000
+    assert fetch(project, hub).returncode == 1
+    hub.cut_off_after, hub.requests = None, []
+    process = fetch(project, hub)
+    assert process.returncode == 0, process.stderr
+    ranges = [r for method, path, r in hub.requests if path.endswith(".safetensors") and r]
+    assert any(r.startswith("bytes=1") for r in ranges), hub.requests
+
+
+def test_a_file_that_differs_from_the_hubs_digest_is_refused(project: Project, hub: Hub) -> None:
+    model_info = Handler.model_info
+
+    def wrong(self: Handler) -> dict[str, object]:
+        info = model_info(self)
+        for sibling in info["siblings"]:  # type: ignore[attr-defined]
+            if "lfs" in sibling:
+                sibling["lfs"]["sha256"] = "0" * 64
+        return info
+
+    Handler.model_info = wrong  # type: ignore[method-assign]
+    try:
+        process = fetch(project, hub)
+    finally:
+        Handler.model_info = model_info  # type: ignore[method-assign]
+    assert process.returncode == 1
+    assert (
+        f"SHA-256 is {hashlib.sha256(hub.files['model.safetensors']).hexdigest()}" in process.stderr
+    )
+
+
+def test_no_network_to_the_hub_is_one_clear_line(project: Project, hub: Hub) -> None:
+    hub.server_close()
+    process = fetch(project, hub)
+    assert process.returncode == 1
+    [line] = [x for x in process.stderr.splitlines() if x.startswith("fetch: ")]
+    assert "the model hub cannot be reached for hf://acme/tiny" in line

