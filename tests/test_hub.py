@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ class Hub(ThreadingHTTPServer):
         self.files = files
         self.requests: list[tuple[str, str, str | None]] = []
         self.tokens: set[str | None] = set()
-        self.cut_off_after: int | None = None
+        self.cut_off_at: list[int] = []  # bytes, one for each answer to come
 
     @property
     def url(self) -> str:
@@ -49,17 +50,19 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path, self.headers.get("Range")))
         self.server.tokens.add(self.headers.get("Authorization"))
         if path.startswith("/api/models/acme/tiny/revision/"):
-            self.answer(json.dumps(self.model_info()).encode(), "application/json")
+            self.answer(self.model_info())
+        elif path.startswith(f"/api/models/acme/tiny/tree/{COMMIT}"):
+            self.answer([self.tree_entry(sibling) for sibling in self.model_info()["siblings"]])
         elif path.startswith(f"/acme/tiny/resolve/{COMMIT}/"):
             self.file(path.rsplit("/", 1)[1], body)
         else:
             self.send_response(404)
             self.end_headers()
 
-    def model_info(self) -> dict[str, object]:
-        siblings: list[dict[str, object]] = []
+    def model_info(self) -> dict[str, Any]:
+        siblings: list[dict[str, Any]] = []
         for name, content in self.server.files.items():
-            sibling: dict[str, object] = {"rfilename": name, "size": len(content), "blobId": "0"}
+            sibling: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": "0"}
             if name.endswith(".safetensors"):
                 digest = hashlib.sha256(content).hexdigest()
                 sibling["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 1}
@@ -78,12 +81,19 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         if body:
-            cut = self.server.cut_off_after if name.endswith(".safetensors") else None
-            self.wfile.write(content[start : cut if cut else len(content)])
+            cut = self.server.cut_off_at if name.endswith(".safetensors") else []
+            self.wfile.write(content[start : cut.pop(0) if cut else len(content)])
 
-    def answer(self, content: bytes, kind: str) -> None:
+    def tree_entry(self, sibling: dict[str, Any]) -> dict[str, Any]:
+        entry = {"type": "file", "path": sibling["rfilename"], "size": sibling["size"], "oid": "0"}
+        if lfs := sibling.get("lfs"):
+            entry["lfs"] = {"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": 1}
+        return entry
+
+    def answer(self, value: Any) -> None:
+        content = json.dumps(value).encode()
         self.send_response(200)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -134,22 +144,33 @@ def test_the_token_is_sent_but_never_logged(project: Project, hub: Hub) -> None:
     assert "hf_secret" not in logged + process.stdout + process.stderr
 
 
-def test_a_download_that_broke_off_is_resumed(project: Project, hub: Hub) -> None:
-    hub.cut_off_after = 100_000_000
-    assert fetch(project, hub).returncode == 1
-    hub.cut_off_after, hub.requests = None, []
+def test_a_download_that_breaks_off_goes_on_where_it_was(project: Project, hub: Hub) -> None:
+    hub.cut_off_at = [100_000_000]
     process = fetch(project, hub)
     assert process.returncode == 0, process.stderr
-    ranges = [r for method, path, r in hub.requests if path.endswith(".safetensors") and r]
-    assert any(r.startswith("bytes=1") for r in ranges), hub.requests
+    ranges = [r for _, path, r in hub.requests if path.endswith(".safetensors") and r]
+    assert len(ranges) == 1 and 0 < int(ranges[0][6:-1]) <= 100_000_000
+
+
+def test_files_that_came_before_a_failure_are_not_fetched_again(project: Project, hub: Hub) -> None:
+    hub.cut_off_at = [1_000_000] * 20
+    assert fetch(project, hub).returncode == 1
+    hub.cut_off_at, hub.requests = [], []
+    assert fetch(project, hub).returncode == 0
+    again = [
+        path.rsplit("/", 1)[1]
+        for verb, path, _ in hub.requests
+        if "/resolve/" in path and verb == "GET"
+    ]
+    assert again == ["model.safetensors"]
 
 
 def test_a_file_that_differs_from_the_hubs_digest_is_refused(project: Project, hub: Hub) -> None:
     model_info = Handler.model_info
 
-    def wrong(self: Handler) -> dict[str, object]:
+    def wrong(self: Handler) -> dict[str, Any]:
         info = model_info(self)
-        for sibling in info["siblings"]:  # type: ignore[attr-defined]
+        for sibling in info["siblings"]:
             if "lfs" in sibling:
                 sibling["lfs"]["sha256"] = "0" * 64
         return info

@@ -86,8 +86,9 @@ def test_the_prompt_model_needs_no_torch_and_carries_its_provenance(prompt: Any)
 
 
 def test_the_prompt_model_holds_no_pickle(packaged: Project) -> None:
-    model = packaged.outcome("log_pyfunc")["model_id"]
-    files = [path.name for path in (packaged.folder / "mlruns" / "models" / model).rglob("*")]
+    model = packaged.client.get_logged_model(packaged.made["log_pyfunc"]["model_id"])
+    folder = Path(model.artifact_location.removeprefix("file://"))
+    files = [path.name for path in folder.rglob("*")]
     assert "prompt.py" in files
     assert not [name for name in files if name.endswith((".pkl", ".pt", ".bin"))]
 

@@ -72,7 +72,7 @@ def test_main_stops_at_the_first_failure_with_that_steps_error(project: Project)
 
 def test_ctrl_c_stops_the_step_and_leaves_its_run_killed(packaged: Project, tmp_path: Path) -> None:
     work = tmp_path / "work"
-    source = packaged.outcome("fetch")["uri"]
+    source = packaged.made["fetch"]["uri"]
     command = [sys.executable, "-m", "steps.export_onnx", f"source={source}", f"paths.work={work}"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=packaged.environment, stderr=subprocess.PIPE, text=True
