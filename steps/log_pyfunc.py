@@ -64,18 +64,14 @@ def log_pyfunc(onnx: Path, config: Config) -> LoggedPyfunc:
 
 
 def runtime_requirements(runtime_package: str) -> list[str]:
-    """Pins for the logged model: MLflow, numpy, pandas, and the target's wheel of the runtime that
-    exported it.
-    """
+    """Pins for the logged model: the target's runtime, as it exported, and no torch."""
     pins = versions("mlflow", "numpy", "pandas")
     pins[runtime_package] = versions("onnxruntime-genai")["onnxruntime-genai"]
     return [f"{package}=={version}" for package, version in pins.items()]
 
 
 def prompt_signature() -> ModelSignature:
-    """`prompt: string (required)` -> `string (required)`, and the parameters of flavors/genai's
-    Sampling.
-    """
+    """A string in, a string out, and the parameters of flavors/genai's Sampling."""
     parameters = [
         ParamSpec("max_tokens", DataType.long, 256),
         ParamSpec("temperature", DataType.double, None),

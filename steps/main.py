@@ -1,5 +1,4 @@
-"""Run every step in turn, each as a child MLflow run: from the model's source to two registered
-versions.
+"""Run every step in turn, from a model's source to two registered versions.
 
 mlflow run . --env-manager local python -m steps.main model=phi-3-mini-4k-instruct
 target=cuda-int4-rtn-block-32
@@ -24,9 +23,7 @@ log = logging.getLogger("steps.main")
 
 
 def package(model: str, target: str, overrides: str) -> dict[str, dict[str, Any]]:
-    """Chain the steps through `mlflow.run`; return each one's outcome, with `duration_s` and
-    `reused`.
-    """
+    """Chain the steps through `mlflow.run`; return their outcomes, `duration_s` and `reused`."""
     outcomes: dict[str, dict[str, Any]] = {}
 
     def run(step: str, **inputs: str) -> str:

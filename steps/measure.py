@@ -111,9 +111,7 @@ def measure_speed(model: Measured, texts: dict[str, Any]) -> dict[str, float]:
 
 
 def write_reference(model: Transformers, texts: dict[str, Any], out: Path) -> dict[str, float]:
-    """Score the texts, and leave each window's tokens and log-probabilities in `out`; return the
-    perplexity.
-    """
+    """Score the texts, leave tokens and log-probabilities in `out`, return the perplexity."""
     windows = token_windows(
         [model.encode(text) for text in texts["texts"]], texts["window"], texts["max_tokens"]
     )
@@ -127,8 +125,7 @@ def write_reference(model: Transformers, texts: dict[str, Any], out: Path) -> di
 
 
 def compare_with_reference(model: Measured, reference: Path) -> dict[str, float]:
-    """Score the same tokens and compare the distributions: KL(reference || candidate) in nats,
-    top-1 agreement.
+    """Score the same tokens: KL(reference || candidate) in nats, top-1 agreement, perplexity.
 
     Memory is bounded by one window.
     """
@@ -153,9 +150,7 @@ def compare_with_reference(model: Measured, reference: Path) -> dict[str, float]
 
 
 def token_windows(texts: list[list[int]], window: int, max_tokens: int) -> list[list[int]]:
-    """Cut each text's tokens into windows, `max_tokens` in all; a window of one token scores
-    nothing.
-    """
+    """Cut each text's tokens into windows of two or more, `max_tokens` in all."""
     windows: list[list[int]] = []
     for tokens in texts:
         for start in range(0, len(tokens), window):

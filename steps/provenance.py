@@ -21,9 +21,7 @@ def digest_file(path: Path) -> str:
 
 
 def digest_files(path: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder by its relative name, provenance.json apart; or of the one
-    file.
-    """
+    """SHA-256 of every file in a folder by its relative name, or of the one file."""
     if path.is_file():
         return {path.name: digest_file(path)}
     files = sorted(

@@ -36,9 +36,7 @@ class Registration:
 
 
 def register(evaluation: dict[str, Any], alias: str) -> Registration:
-    """Create a version for each model unless its content and verdict have one; set the alias on
-    both at the end.
-    """
+    """Make a version of each model, unless there is one; set the alias on both at the end."""
     verdict = evaluation["verdict"]
     if verdict == "failed":
         raise ValueError(
@@ -63,9 +61,7 @@ def register(evaluation: dict[str, Any], alias: str) -> Registration:
 
 
 def version_of(client: MlflowClient, uri: str, evaluation: dict[str, Any]) -> ModelVersion:
-    """The version of a logged model's content under this verdict: the one that there is, else a new
-    one.
-    """
+    """The version of a logged model's content under this verdict, made if need be."""
     info = mlflow.models.get_model_info(uri)
     name = mlflow.get_logged_model(info.model_id).name
     tags = provenance_tags(info.metadata or {}, evaluation)
@@ -78,9 +74,7 @@ def version_of(client: MlflowClient, uri: str, evaluation: dict[str, Any]) -> Mo
 
 
 def provenance_tags(metadata: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, str]:
-    """What a version's tags say: where its weights came from, what made them, and how they were
-    judged.
-    """
+    """What a version says of itself: where it came from, what made it, how it was judged."""
     provenance = metadata["provenance"]
     checkpoint = provenance.get("checkpoint", provenance)
     tags = {
@@ -104,9 +98,7 @@ def provenance_tags(metadata: dict[str, Any], evaluation: dict[str, Any]) -> dic
 
 
 def versions_exist(registration: Registration) -> bool:
-    """Whether the registry still has the versions; where their aliases point by now is not this
-    step's to undo.
-    """
+    """Whether the registry still has the versions, wherever their aliases point by now."""
     try:
         for version in registration.versions:
             MlflowClient().get_model_version(version["name"], version["version"])

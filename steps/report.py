@@ -78,9 +78,7 @@ def formatted_gate(gate: dict[str, Any]) -> tuple[str, str]:
 
 
 def comparison(values: list[float | None], more_is_better: bool | None) -> str:
-    """How the candidate stands to the reference, as a factor: `3.2× faster` reads the same for
-    every metric.
-    """
+    """How the candidate stands to the reference, as a factor, whichever way is better."""
     candidate, reference = values
     if more_is_better is None or not candidate or not reference:
         return ""

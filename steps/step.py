@@ -1,5 +1,4 @@
-"""What every step shares: its MLflow run, its key, reuse of an earlier outcome, and result.json
-last.
+"""What every step shares: its MLflow run, its key, reuse, and result.json last.
 
 A step calls `run_step` once, with what shapes its outcome and a function that makes it:
 
@@ -95,9 +94,7 @@ def run_step(
 
 
 def local_path(uri: str | None, parameter: str, made_by: str) -> Path:
-    """Resolve what the step before handed on: a folder or file here, or any URI that MLflow can
-    download.
-    """
+    """Resolve what the step before handed on: a path, or a URI that MLflow can download."""
     if not uri:
         raise ValueError(
             f"{parameter} is missing: pass the URI that {made_by} ended with, as {parameter}=<uri>."
@@ -127,9 +124,7 @@ def logged_model_exists(model_id: str) -> bool:
 
 @contextlib.contextmanager
 def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
-    """The MLflow run that `mlflow run` opened for this process, else a new one named after the
-    step.
-    """
+    """The MLflow run that `mlflow run` opened for this process, else a new one."""
     require_tracking_server()
     run_id = os.environ.get("MLFLOW_RUN_ID")
     try:
@@ -146,9 +141,7 @@ def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
 
 
 def end_run_with_error(name: str, message: str, status: str = "FAILED") -> None:
-    """Print one line, and leave the MLflow run of this process ended with that line as its tag
-    `error`.
-    """
+    """Print one line, and end the MLflow run with that line as its tag `error`."""
     print(f"{name}: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(MlflowException, requests.RequestException, OSError):
         if mlflow.active_run() is None and "MLFLOW_RUN_ID" in os.environ:
@@ -171,10 +164,9 @@ def one_line(error: BaseException) -> str:
 
 
 def require_tracking_server() -> None:
-    """Fix the tracking URI, which by default moves with the working directory; ask a remote server
-    for its health.
+    """Fix the tracking URI, and ask a remote server for its health once.
 
-    MLflow's own client would retry for minutes.
+    By default the URI moves with the working directory; MLflow's client would retry for minutes.
     """
     uri = mlflow.get_tracking_uri()
     if uri.startswith("sqlite:///"):

@@ -19,9 +19,7 @@ def fetched(source: Path | str, tmp_path: Path, **changes: object) -> Checkpoint
 
 @pytest.fixture
 def checkpoint(smollm2: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to be damaged. The weights are a link: replace them, do not write
-    to them.
-    """
+    """A copy of the checkpoint, to be damaged; its weights are a link, to be replaced only."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     for path in smollm2.iterdir():

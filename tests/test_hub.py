@@ -1,6 +1,4 @@
-"""The hf:// source with the real huggingface_hub client, against a hub on loopback that serves one
-model.
-"""
+"""The hf:// source with the real huggingface_hub client, against a small hub on loopback."""
 
 import hashlib
 import json
@@ -20,9 +18,7 @@ COMMIT = "1234567890abcdef1234567890abcdef12345678"
 
 
 class Hub(ThreadingHTTPServer):
-    """The hub's two calls that fetch needs: what a model holds at a revision, and its files, in
-    ranges.
-    """
+    """What a model holds at a revision, and its files in ranges: the calls of fetch."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

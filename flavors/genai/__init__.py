@@ -1,5 +1,4 @@
-"""An ONNX language model as an MLflow pyfunc on onnxruntime-genai: what ships inside the logged
-model.
+"""What ships inside the logged ONNX model: an MLflow pyfunc on onnxruntime-genai.
 
 Imports nothing from the project, and needs neither torch nor transformers.
 """

@@ -1,6 +1,4 @@
-"""The prompt interface, as models-from-code: `prompt: string` -> `string`, one answer a row, in
-order.
-"""
+"""The prompt interface, as models-from-code: a string in, its answer out, row for row."""
 
 from pathlib import Path
 from typing import Any

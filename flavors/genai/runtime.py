@@ -1,6 +1,4 @@
-"""onnxruntime-genai behind a few typed calls: load a folder, render a chat, answer a prompt, score
-tokens.
-"""
+"""onnxruntime-genai behind typed calls: load a folder, render a chat, answer, score tokens."""
 
 import json
 import os
@@ -14,9 +12,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is 
 
 
 class ExecutionProviderUnavailable(RuntimeError):
-    """The execution provider is not part of this onnxruntime-genai, or this machine has no device
-    for it.
-    """
+    """This onnxruntime-genai lacks the execution provider, or this machine its device."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +108,11 @@ class Runtime:
         self.vocabulary_size: int = genai_config["model"]["vocab_size"]
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """The prompt that the checkpoint's chat template makes of messages, ready for the
-        assistant's turn.
-        """
+        """The prompt that the checkpoint's chat template makes, up to the assistant's turn."""
         return self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text; raises ValueError where the tokenizer does not know a part of
-        it.
-        """
+        """The token ids of a text; ValueError where the tokenizer knows a part of it not."""
         tokens = [int(token) for token in self.tokenizer.encode(text)]
         require(
             "prompt",
@@ -154,9 +146,7 @@ class Runtime:
         return Completion(text, len(tokens), len(generated), "stop" if ended else "length")
 
     def log_probabilities(self, tokens: list[int]) -> np.ndarray:
-        """Natural-log probabilities of the next token after each of `tokens`: float32 [tokens,
-        vocabulary].
-        """
+        """Natural-log probabilities of the token after each: float32 [tokens, vocabulary]."""
         parameters = self.og.GeneratorParams(self.model)
         parameters.set_search_options(max_length=len(tokens) + 1)
         generator = self.og.Generator(self.model, parameters)
