@@ -123,13 +123,13 @@ def run_builder(arguments: list[str], layers: int, cache: Path) -> tuple[float, 
     )
     assert process.stdout is not None
     try:
-        with tqdm(total=2 * layers + 1, desc="export", unit="layer", leave=False) as bar:
+        with tqdm(total=2 * layers + 2, desc="export", unit="layer", leave=False) as bar:
             for line in process.stdout:
                 last_lines.append(line.rstrip())
                 if phase := re.match(
                     r"(Reading layer \d+|Reading embedding layer|Saving ONNX model)", line
                 ):
-                    if not re.match(r"Reading layer [1-9]", phase.group()):
+                    if bar.disable and not re.match(r"Reading layer [1-9]", phase.group()):
                         log.info("export_onnx: %s", phase.group().lower())
                     bar.update()
                 elif re.search(r"complete quantization of /model/layers\.\d+/\S*down_proj", line):

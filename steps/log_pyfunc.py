@@ -4,6 +4,7 @@ python -m steps.log_pyfunc source=/data/onnx
 mlflow models serve -m models:/m-… --env-manager local
 """
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from steps.command import entry_point
 from steps.config import ROOT, Config
 from steps.provenance import digest_files, digest_of, read_provenance, require_files, size_mb
 from steps.step import local_path, logged_model_exists, run_step, versions
+
+log = logging.getLogger("steps.log_pyfunc")
 
 FLAVOR = ROOT / "flavors"
 
@@ -37,13 +40,18 @@ def log_pyfunc(onnx: Path, config: Config) -> LoggedPyfunc:
     requirements = runtime_requirements(config.target.runtime_package)
     content = digest_of([provenance["files"], digest_files(FLAVOR), requirements])
     name = f"{config.model.name}-{config.target.name}-prompt"
+    provider = config.target.execution_provider.value
+    if provenance.get("checked_on", provider) != provider:
+        log.info("log_pyfunc: %s is absent here: the input example is logged untried", provider)
+        for noisy in ("mlflow.models.model", "mlflow.utils.requirements_utils"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
     logged = mlflow.pyfunc.log_model(
         name=name,
         python_model=str(FLAVOR / "genai" / "prompt.py"),
         code_paths=[str(FLAVOR)],
         artifacts={"onnx": str(onnx)},
         model_config={
-            "execution_provider": config.target.execution_provider.value,
+            "execution_provider": provider,
             "threads": None,
         },
         signature=prompt_signature(),
