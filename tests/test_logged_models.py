@@ -1,6 +1,7 @@
 """What log_pyfunc and log_transformers left, as its users see it."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ def test_every_row_gets_its_own_answer_in_order(prompt: Any) -> None:
     france, sky = ask(prompt, FRANCE, temperature=0), ask(prompt, SKY, temperature=0)
     assert "Paris" in france[0]
     assert ask(prompt, FRANCE, SKY, FRANCE, temperature=0) == [*france, *sky, *france]
+
+
+def test_threads_that_ask_at_once_get_their_own_answers(prompt: Any) -> None:
+    alone = {text: ask(prompt, text, temperature=0) for text in (FRANCE, SKY)}
+    texts = [FRANCE, SKY] * 4
+    with ThreadPoolExecutor(8) as pool:
+        together = pool.map(lambda text: ask(prompt, text, temperature=0), texts)
+        assert list(together) == [alone[text] for text in texts]
 
 
 def test_the_same_seed_gives_the_same_text_and_another_another(prompt: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class Completion:
 
 
 class Runtime:
-    """A loaded model. Not for concurrent use.
+    """A loaded model. Threads may share it: their prompts are answered one after the other.
 
     `folder` is what the model builder wrote; `execution_provider` one of cpu, cuda, dml, webgpu;
     `threads` the number of intra-op threads, by default the cores that this process may use.
@@ -104,6 +105,7 @@ class Runtime:
             ) from error
         self.tokenizer = og.Tokenizer(self.model)
         genai_config = json.loads((folder / "genai_config.json").read_text())
+        self.one_at_a_time = threading.Lock()
         self.context_length: int = genai_config["model"]["context_length"]
         self.vocabulary_size: int = genai_config["model"]["vocab_size"]
 
@@ -134,16 +136,21 @@ class Runtime:
             len(tokens) + sampling.max_tokens <= limit,
             f"at most {limit}, the context length",
         )
+        with self.one_at_a_time:
+            generated = self.generate(tokens, sampling)
+        ended = len(generated) > 0 and int(generated[-1]) in self.tokenizer.eos_token_ids
+        text = self.tokenizer.decode(generated[: len(generated) - ended])
+        return Completion(text, len(tokens), len(generated), "stop" if ended else "length")
+
+    def generate(self, tokens: list[int], sampling: Sampling) -> np.ndarray:
+        """The tokens that follow `tokens`, the end token included: int32 [generated]."""
         parameters = self.og.GeneratorParams(self.model)
         parameters.set_search_options(**sampling.search_options(len(tokens)))
         generator = self.og.Generator(self.model, parameters)
         generator.append_tokens(tokens)
         while not generator.is_done():
             generator.generate_next_token()
-        generated = generator.get_sequence(0)[len(tokens) :]
-        ended = len(generated) > 0 and int(generated[-1]) in self.tokenizer.eos_token_ids
-        text = self.tokenizer.decode(generated[: len(generated) - ended])
-        return Completion(text, len(tokens), len(generated), "stop" if ended else "length")
+        return generator.get_sequence(0)[len(tokens) :]
 
     def log_probabilities(self, tokens: list[int]) -> np.ndarray:
         """Natural-log probabilities of the token after each: float32 [tokens, vocabulary]."""
