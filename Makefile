@@ -10,21 +10,21 @@ run: $(READY)  ## package the default model for the default target
 	PATH="$(BIN):$$PATH" mlflow run . --env-manager local
 
 test: lint  ## checks, then the tests on the real small model
-	$(BIN)/python -m pytest
+	"$(BIN)/python" -m pytest
 
 lint: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy"
 
 format: $(READY)
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	"$(BIN)/ruff" check --fix .
+	"$(BIN)/ruff" format .
 
 $(READY): requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed, found " + sys.version)'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+	"$(BIN)/pip" install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 clean:  ## the outcomes of steps; MLflow's own store stays

@@ -23,7 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from steps.config import CONF, Config
-from steps.step import EXPECTED_ERRORS, end_run_with_error, one_line, set_up_logging
+from steps.step import (
+    EXPECTED_ERRORS,
+    end_run_with_error,
+    one_line,
+    require_tracking_server,
+    set_up_logging,
+)
 
 log = logging.getLogger("steps.command")
 
@@ -61,10 +67,13 @@ def entry_point(step: Callable[[Config], object]) -> None:
     @hydra_main(version_base="1.3", config_path=str(CONF), config_name="config")
     def composed(config: DictConfig) -> None:
         nonlocal exit_code
-        typed = OmegaConf.to_object(config)
-        assert isinstance(typed, Config)
         try:
+            typed = OmegaConf.to_object(config)
+            assert isinstance(typed, Config)
+            require_tracking_server()
             step(typed)
+        except OmegaConfBaseException:
+            raise
         except Exception as error:  # here, so that the other jobs of a --multirun go on
             if show_traceback or not isinstance(error, EXPECTED_ERRORS):
                 log.exception("%s failed", name)
@@ -113,6 +122,9 @@ def split_overrides(text: str) -> list[str]:
     quoted_text = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
     bracketed = rf"\[(?:{quoted_text}|[^\]])*\]|\{{(?:{quoted_text}|[^}}])*\}}"
     words = re.findall(rf"(?:{quoted_text}|{bracketed}|\S)+", text)
+    for word in words:
+        if re.search(r"(?<!\\)['\"]", re.sub(quoted_text, "", word)):
+            raise HydraException(f"a quote in the overrides is not closed: {word}")
     return [w[1:-1] if w[0] in "'\"" and w[0] == w[-1] and len(w) > 1 else w for w in words]
 
 

@@ -1,6 +1,7 @@
 """The schema of conf/: the dataclasses that Hydra validates the YAML against, one per group."""
 
 import enum
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ class Precision(enum.Enum):
     fp32 = "fp32"
 
 
+def require_name(key: str, name: str) -> None:
+    """Raise ValueError unless MLflow can use the name, for models and in URIs."""
+    if name != MISSING and not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"{key} is {name!r}; it must be letters, digits, dots, _ and -.")
+
+
 @dataclass
 class Gate:
     """The bounds, inclusive, that a metric has to keep; a missing or NaN metric keeps none."""
@@ -57,6 +64,9 @@ class Model:
     sha256: dict[str, str] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        require_name("model.name", self.name)
+
 
 @dataclass
 class Target:
@@ -71,6 +81,9 @@ class Target:
     precision: Precision = MISSING
     runtime_package: str = MISSING
     builder_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_name("target.name", self.name)
 
 
 @dataclass

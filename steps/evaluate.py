@@ -27,6 +27,7 @@ from steps.step import run_step, versions
 
 log = logging.getLogger("steps.evaluate")
 
+CODE = ("evaluate.py", "measure.py", "report.py", "report.html.j2")
 LIBRARIES = ("mlflow", "onnxruntime-genai", "onnxruntime", "transformers", "torch")
 
 
@@ -162,15 +163,19 @@ def measure(
         str(out),
     ]
     command += ["--reference", str(reference)] if reference else []
-    process = subprocess.run(
-        command, cwd=ROOT, stderr=None if sys.stderr.isatty() else subprocess.PIPE, text=True
-    )
-    if process.returncode:
-        last_lines = " / ".join((process.stderr or "see above").strip().splitlines()[-3:])
-        raise RuntimeError(
-            f"measuring {uri} failed with exit code {process.returncode}: {last_lines}"
-        )
-    return json.loads((out / "measured.json").read_text())
+    process = subprocess.run(command, cwd=ROOT)
+    measured = out / "measured.json"
+    result = json.loads(measured.read_text()) if measured.is_file() else {}
+    if process.returncode or "error" in result:
+        reason = result.get("error", f"exit code {process.returncode}, see the lines above")
+        raise RuntimeError(f"measuring {uri} failed: {reason}")
+    return result
+
+
+def logged_model_uri(uri: str) -> str:
+    """The immutable `models:/m-…` behind a URI, which may be a version or an alias that moves."""
+    model_id = mlflow.models.get_model_info(uri).model_id
+    return f"models:/{model_id}" if model_id else uri
 
 
 def judge(metrics: dict[str, float], gates: dict[str, Gate]) -> list[dict[str, Any]]:
@@ -231,7 +236,7 @@ def main(config: Config) -> Evaluation:
                 f"{parameter} is missing: pass the URI that {made_by} ended with, "
                 f"as {parameter}=<uri>."
             )
-    candidate, reference = str(config.candidate), str(config.reference)
+    candidate, reference = map(logged_model_uri, (str(config.candidate), str(config.reference)))
     data = [
         ROOT / Path(path).expanduser() for path in (config.evaluate.texts, config.evaluate.prompts)
     ]
@@ -247,7 +252,7 @@ def main(config: Config) -> Evaluation:
             "tracking": mlflow.get_tracking_uri(),
             "versions": versions(*LIBRARIES),
         },
-        code=[Path(__file__), ROOT / "steps" / "measure.py", ROOT / "steps" / "report.py"],
+        code=[ROOT / "steps" / name for name in CODE],
         work=lambda folder: evaluate(candidate, reference, config, folder),
         publish=publish,
     )

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -66,7 +67,8 @@ def export_onnx(checkpoint: Path, target: Target, folder: Path) -> OnnxModel:
     options = [f"{key}={value}" for key, value in target.builder_options.items()]
     arguments = ["-p", target.precision.value, "-e", target.execution_provider.value]
     arguments += ["--extra_options", *options] if options else []
-    layers = json.loads((checkpoint / "config.json").read_text()).get("num_hidden_layers", 0)
+    config = json.loads((checkpoint / "config.json").read_text())
+    layers = config.get("num_hidden_layers", 0)
     build_s, peak_rss_mb = run_builder(
         ["-i", str(checkpoint), "-o", str(onnx), *arguments], layers, folder / "cache"
     )
@@ -116,7 +118,7 @@ def run_builder(arguments: list[str], layers: int, cache: Path) -> tuple[float, 
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",
     }
-    last_lines: collections.deque[str] = collections.deque(["it printed nothing"], 15)
+    last_lines: collections.deque[str] = collections.deque(maxlen=4)
     start = time.monotonic()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -140,13 +142,16 @@ def run_builder(arguments: list[str], layers: int, cache: Path) -> tuple[float, 
         if process.returncode is None:
             process.terminate()
             process.wait()
-    if process.returncode:
-        if "NotImplementedError" in last_lines[-1]:
-            raise RuntimeError("the model builder does not support this checkpoint's architecture.")
-        log.error("export_onnx: the model builder's last lines:\n%s", "\n".join(last_lines))
+    if process.returncode == -signal.SIGKILL:
         raise RuntimeError(
-            f"the model builder failed with exit code {process.returncode}: {last_lines[-1]}"
+            "the model builder was killed, most likely for lack of memory: it needs about three "
+            "times the size of a bfloat16 checkpoint."
         )
+    if process.returncode:
+        text = " | ".join(line.strip() for line in last_lines) or "it printed nothing"
+        if "model is not currently supported" in text:
+            raise RuntimeError(f"the model builder does not support this architecture: {text}")
+        raise RuntimeError(f"the model builder failed, exit code {process.returncode}: {text}")
     return round(time.monotonic() - start, 1), round(usage.ru_maxrss / 1024 * 1.048576, 1)
 
 
@@ -221,7 +226,7 @@ def main(config: Config) -> OnnxModel:
         config,
         OnnxModel,
         key={
-            "checkpoint": read_provenance(checkpoint)["files"],
+            "checkpoint": read_provenance(checkpoint),
             "target": asdict(config.target),
             "versions": versions(*LIBRARIES),
         },

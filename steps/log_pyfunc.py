@@ -38,7 +38,7 @@ def log_pyfunc(onnx: Path, config: Config) -> LoggedPyfunc:
     """Log the ONNX folder with its code, signature, parameters, requirements and provenance."""
     provenance = read_provenance(onnx)
     requirements = runtime_requirements(config.target.runtime_package)
-    content = digest_of([provenance["files"], digest_files(FLAVOR), requirements])
+    content = digest_of([provenance, digest_files(FLAVOR), requirements])
     name = f"{config.model.name}-{config.target.name}-prompt"
     provider = config.target.execution_provider.value
     if provenance.get("checked_on", provider) != provider:
@@ -46,14 +46,11 @@ def log_pyfunc(onnx: Path, config: Config) -> LoggedPyfunc:
         for noisy in ("mlflow.models.model", "mlflow.utils.requirements_utils"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
     logged = mlflow.pyfunc.log_model(
-        name=name,
+        name=name.replace(".", "_"),  # MLflow forbids dots here, not in the registry
         python_model=str(FLAVOR / "genai" / "prompt.py"),
         code_paths=[str(FLAVOR)],
         artifacts={"onnx": str(onnx)},
-        model_config={
-            "execution_provider": provider,
-            "threads": None,
-        },
+        model_config={"execution_provider": provider, "threads": None},
         signature=prompt_signature(),
         input_example=(
             pd.DataFrame({"prompt": ["What is the capital of France?"]}),
@@ -61,6 +58,7 @@ def log_pyfunc(onnx: Path, config: Config) -> LoggedPyfunc:
         ),
         pip_requirements=requirements,
         metadata={
+            "name": name,
             "model": config.model.name,
             "interface": "prompt",
             "content": content,
@@ -103,7 +101,7 @@ def main(config: Config) -> LoggedPyfunc:
         config,
         LoggedPyfunc,
         key={
-            "onnx": read_provenance(onnx)["files"],
+            "onnx": read_provenance(onnx),
             "model": config.model.name,
             "target": asdict(config.target),
             "tracking": mlflow.get_tracking_uri(),

@@ -43,13 +43,13 @@ def log_transformers(checkpoint: Path, config: Config) -> LoggedTransformers:
     requirements = [
         f"{package}=={version.split('+')[0]}" for package, version in versions(*LIBRARIES).items()
     ]
-    content = digest_of([provenance["files"], requirements])
+    content = digest_of([provenance, requirements])
     name = f"{config.model.name}-transformers"
     licence = provenance.get("licence", "unknown")
     with named_checkpoint(checkpoint, config.model.name) as relative_path:
         logged = mlflow.transformers.log_model(
             transformers_model=relative_path,
-            name=name,
+            name=name.replace(".", "_"),  # MLflow forbids dots here, not in the registry
             task="llm/v1/chat",
             # The default of transformers' pipeline; a load may override only what was logged.
             model_config={"do_sample": True},
@@ -59,6 +59,7 @@ def log_transformers(checkpoint: Path, config: Config) -> LoggedTransformers:
             },
             model_card=ModelCard(f"---\nlicense: {licence}\n---\n# {config.model.name}\n"),
             metadata={
+                "name": name,
                 "model": config.model.name,
                 "interface": "chat",
                 "content": content,
@@ -88,7 +89,7 @@ def main(config: Config) -> LoggedTransformers:
         config,
         LoggedTransformers,
         key={
-            "checkpoint": read_provenance(checkpoint)["files"],
+            "checkpoint": read_provenance(checkpoint),
             "model": config.model.name,
             "tracking": mlflow.get_tracking_uri(),
             "versions": versions(*LIBRARIES),

@@ -1,7 +1,7 @@
 """Run every step in turn, from a model's source to two registered versions.
 
-mlflow run . --env-manager local python -m steps.main model=phi-3-mini-4k-instruct
-target=cuda-int4-rtn-block-32
+mlflow run . --env-manager local
+python -m steps.main model=phi-3-mini-4k-instruct target=cuda-int4-rtn-block-32
 """
 
 import logging
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from steps.command import entry_point, join_overrides
 from steps.config import ROOT, Config
-from steps.step import mlflow_run
+from steps.step import mlflow_run, shown_tracking_uri
 
 log = logging.getLogger("steps.main")
 
@@ -117,7 +117,7 @@ def show(outcomes: dict[str, dict[str, Any]]) -> None:
         )
     console.print(f"Report      {evaluation['report']}", soft_wrap=True)
     tracking, mlflow_command = (
-        mlflow.get_tracking_uri(),
+        shown_tracking_uri(),
         str(Path(sys.executable).parent / "mlflow"),
     )
     mlflow_command = mlflow_command.removeprefix(f"{Path.cwd()}/")
@@ -136,6 +136,8 @@ def main(config: Config) -> None:
     choices = hydra.runtime.choices
     chosen = ("model=", "target=")
     search_path = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
+    own_conf = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
+    search_path += [f"hydra.searchpath=[file://{path}]" for path in own_conf]
     own = [o for o in hydra.overrides.task if not o.startswith(chosen)]
     overrides = join_overrides([*search_path, *own])
     with mlflow_run("main"):

@@ -9,9 +9,9 @@ to `--out`, the candidate reads them there and is compared with them, chunk for 
 import argparse
 import json
 import logging
+import re
 import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ import mlflow
 import numpy as np
 from tqdm import tqdm
 
-from steps.step import set_up_logging
+from steps.step import one_line, set_up_logging
 
 log = logging.getLogger("steps.measure")
 
@@ -159,50 +159,55 @@ def token_windows(texts: list[list[int]], window: int, max_tokens: int) -> list[
     return [tokens for tokens in windows if len(tokens) > 1]
 
 
+def measure(uri: str, texts: dict[str, Any], out: Path, reference: Path | None) -> dict[str, Any]:
+    """Everything about one model: metrics and answers, or why it is unavailable here."""
+    start = time.perf_counter()
+    try:
+        model: Prompt | Transformers = Prompt(uri) if reference else Transformers(uri)
+    except RuntimeError as error:
+        if type(error).__name__ != "ExecutionProviderUnavailable":  # the class ships with the model
+            raise
+        return {"unavailable": str(error)}
+    metrics = {"load_s": time.perf_counter() - start}
+    log.info("measure: %s loaded in %.1f s", uri, metrics["load_s"])
+    metrics |= measure_speed(model, texts)
+    log.info("measure: decodes %.1f tokens/s", metrics["decode_tokens_per_s"])
+    prompts = tqdm(texts["prompts"], desc="prompts", leave=False)
+    answers = [model.answer(messages, texts["max_new_tokens"])[0] for messages in prompts]
+    metrics["peak_rss_mb"] = peak_rss_mb()  # of serving: scoring needs more
+    if isinstance(model, Transformers):
+        metrics |= write_reference(model, texts, out)
+    elif reference:
+        metrics |= compare_with_reference(model, reference)
+    log.info("measure: scored %d tokens", metrics["scored_tokens"])
+    return {"metrics": metrics, "answers": answers}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("uri", help="URI of a logged model")
-    parser.add_argument(
-        "--texts", type=Path, required=True, help="JSON: texts, prompts and how much to measure"
-    )
+    parser.add_argument("--texts", type=Path, required=True, help="JSON: what to score and answer")
     parser.add_argument("--out", type=Path, required=True, help="folder for measured.json")
-    parser.add_argument(
-        "--reference", type=Path, help="folder that the reference's measurement left"
-    )
+    parser.add_argument("--reference", type=Path, help="folder that the reference's run left")
     arguments = parser.parse_args()
     set_up_logging()
     texts = json.loads(arguments.texts.read_text())
-
-    start = time.perf_counter()
     try:
-        model = Prompt(arguments.uri) if arguments.reference else Transformers(arguments.uri)
-    except RuntimeError as error:
-        if type(error).__name__ != "ExecutionProviderUnavailable":  # the class ships with the model
-            raise
-        (arguments.out / "measured.json").write_text(json.dumps({"unavailable": str(error)}))
-        return
-    metrics = {"load_s": time.perf_counter() - start}
-    log.info("measure: %s loaded in %.1f s", arguments.uri, metrics["load_s"])
-    metrics |= measure_speed(model, texts)
-    prompts = tqdm(texts["prompts"], desc="prompts", leave=False)
-    answers = [model.answer(messages, texts["max_new_tokens"])[0] for messages in prompts]
-    metrics["peak_rss_mb"] = peak_rss_mb()  # of serving: scoring needs more
-    if arguments.reference:
-        metrics |= compare_with_reference(model, arguments.reference)
-    else:
-        assert isinstance(model, Transformers)
-        metrics |= write_reference(model, texts, arguments.out)
-    (arguments.out / "measured.json").write_text(
-        json.dumps({"metrics": metrics, "answers": answers}, indent=2)
-    )
+        result = measure(arguments.uri, texts, arguments.out, arguments.reference)
+    except Exception as error:
+        log.exception("measure: %s", arguments.uri)
+        result = {"error": f"{type(error).__name__}: {one_line(error)}"}
+    (arguments.out / "measured.json").write_text(json.dumps(result, indent=2))
 
 
 def peak_rss_mb() -> float:
-    """Peak resident memory of this process, in MB (10^6 bytes); Linux counts KiB, macOS bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+    """Peak resident memory of this program, in MB (10^6 bytes)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # unlike ru_maxrss, begins anew with the program
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1)) * 1024 / 1e6  # type: ignore[union-attr]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts bytes
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 PROVENANCE = "provenance.json"
-# Left out of digests: the record itself, and what Python leaves beside code.
-_LEFT_OUT = {PROVENANCE, "__pycache__"}
 
 
 def digest_file(path: Path) -> str:
@@ -24,9 +22,7 @@ def digest_files(path: Path) -> dict[str, str]:
     """SHA-256 of every file in a folder by its relative name, or of the one file."""
     if path.is_file():
         return {path.name: digest_file(path)}
-    files = sorted(
-        p for p in path.rglob("*") if p.is_file() and not _LEFT_OUT & set(p.relative_to(path).parts)
-    )
+    files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     return {file.relative_to(path).as_posix(): digest_file(file) for file in files}
 
 
@@ -50,27 +46,31 @@ def require_files(folder: Path, *names: str, made_by: str) -> None:
 
 
 def write_provenance(folder: Path, **facts: Any) -> dict[str, Any]:
-    """Write provenance.json with `facts` and the digests of the folder's files, and return it."""
-    provenance = {**facts, "files": digest_files(folder)}
+    """Write provenance.json with `facts` and the digests of the other files, and return it."""
+    provenance = {**facts, "files": digest_others(folder)}
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
     return provenance
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Read provenance.json, where the files still have the digests that it lists.
+    """Read provenance.json, where the other files still have the digests that it lists.
 
     A folder without one, made by other means, is its own provenance.
     """
-    files = digest_files(folder)
+    files = digest_others(folder)
     path = folder / PROVENANCE
     if not path.is_file():
         return {"source": str(folder), "files": files}
     provenance = json.loads(path.read_text())
-    changed = sorted(
-        n for n in files.keys() | provenance["files"] if files.get(n) != provenance["files"].get(n)
-    )
+    recorded = provenance["files"]
+    changed = sorted(n for n in files.keys() | recorded if files.get(n) != recorded.get(n))
     if changed:
         raise ValueError(
             f"{folder}: {', '.join(changed)} differ from {PROVENANCE}. Make the folder again."
         )
     return provenance
+
+
+def digest_others(folder: Path) -> dict[str, str]:
+    """The digests of a folder's files but its provenance.json."""
+    return {name: digest for name, digest in digest_files(folder).items() if name != PROVENANCE}

@@ -63,8 +63,8 @@ def register(evaluation: dict[str, Any], alias: str) -> Registration:
 def version_of(client: MlflowClient, uri: str, evaluation: dict[str, Any]) -> ModelVersion:
     """The version of a logged model's content under this verdict, made if need be."""
     info = mlflow.models.get_model_info(uri)
-    name = mlflow.get_logged_model(info.model_id).name
-    tags = provenance_tags(info.metadata or {}, evaluation)
+    metadata = info.metadata or {}
+    name, tags = metadata["name"], provenance_tags(metadata, evaluation)
     content = f"name = '{name}' and tags.content = '{tags['content']}'"
     for version in client.search_model_versions(content):
         if version.tags.get("verdict") == tags["verdict"]:
@@ -97,38 +97,50 @@ def provenance_tags(metadata: dict[str, Any], evaluation: dict[str, Any]) -> dic
     return {key: value[:5000] for key, value in tags.items() if value}
 
 
-def versions_exist(registration: Registration) -> bool:
-    """Whether the registry still has the versions, wherever their aliases point by now."""
+def is_registered(registration: Registration) -> bool:
+    """Whether the registry has the versions, and their aliases on them."""
+    client = MlflowClient()
     try:
-        for version in registration.versions:
-            MlflowClient().get_model_version(version["name"], version["version"])
-    except MlflowException:
-        return False
+        for made in registration.versions:
+            version = client.get_model_version(made["name"], made["version"])
+            if made["alias"] and made["alias"] not in version.aliases:
+                log.info("register: alias %(alias)s of %(name)s was moved: set again", made)
+                return False
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
     return True
 
 
-def main(config: Config) -> Registration:
-    path = local_path(config.source, "source", "evaluate")
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """What evaluate left: its folder, or its result.json."""
     path = path / "result.json" if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(
-            f"source={config.source} has no result.json: evaluate did not finish. Run it again."
-        )
-    evaluation = json.loads(path.read_text())["outcome"]
+        raise FileNotFoundError(f"{path} does not exist: evaluate did not finish. Run it again.")
+    try:
+        evaluation = json.loads(path.read_text())["outcome"]
+        return {k: evaluation[k] for k in ("candidate", "reference", "verdict", "reasons", "gates")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not what evaluate ends with. Pass its uri as source."
+        ) from error
+
+
+def main(config: Config) -> Registration:
+    evaluation = read_evaluation(local_path(config.source, "source", "evaluate"))
     return run_step(
         "register",
         config,
         Registration,
         key={
-            "evaluation": {
-                k: evaluation[k] for k in ("candidate", "reference", "verdict", "gates")
-            },
+            "evaluation": evaluation,
             "alias": config.register.alias,
             "registry": mlflow.get_registry_uri(),
         },
         code=[Path(__file__)],
         work=lambda _: register(evaluation, config.register.alias),
-        still_there=versions_exist,
+        still_there=is_registered,
     )
 
 

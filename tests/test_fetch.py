@@ -48,15 +48,16 @@ def test_the_tokenizer_of_a_gguf_has_its_special_tokens(smollm2: Path) -> None:
     )
 
 
-def test_a_local_folder_is_taken_over_and_its_code_left_behind(
+def test_a_local_folder_is_taken_over_without_code_and_pickles(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    (checkpoint / "modeling_evil.py").write_text("raise SystemExit('executed')")
+    for name in ("modeling_evil.py", "tokenizer_evil.py", "tokenizer.pkl", "training_args.bin"):
+        (checkpoint / name).write_text("raise SystemExit('executed')")
     config = json.loads((checkpoint / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
     (checkpoint / "config.json").write_text(json.dumps(config))
     folder = Path(fetched(checkpoint, tmp_path).uri)
-    assert not list(folder.glob("*.py"))
+    assert not [p for p in folder.iterdir() if p.suffix in (".py", ".pkl", ".bin")]
     assert "auto_map" not in json.loads((folder / "config.json").read_text())
     assert "auto_map" in json.loads((checkpoint / "config.json").read_text())
 
@@ -87,6 +88,13 @@ def test_a_missing_shard_is_named(checkpoint: Path, tmp_path: Path) -> None:
 def test_another_digest_than_expected_stops_the_run(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json: SHA-256 is .*; expected 00"):
         fetched(checkpoint, tmp_path, sha256={"config.json": "00"})
+
+
+def test_a_digest_for_a_file_that_does_not_come_is_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"names model\.safetensorz, which .* does not bring"):
+        fetched(checkpoint, tmp_path, sha256={"model.safetensorz": "00"})
 
 
 def test_a_tokenizer_without_chat_template_is_refused(checkpoint: Path, tmp_path: Path) -> None:

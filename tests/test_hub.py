@@ -110,7 +110,9 @@ def hub(smollm2: Path) -> Iterator[Hub]:
 
 
 def fetch(project: Project, hub: Hub, **environment: str) -> subprocess.CompletedProcess[str]:
-    arguments = ["model.name=tiny", "model.source=hf://acme/tiny@main", "model.sha256={}"]
+    arguments = ["model=phi-3-mini-4k-instruct", "model.source=hf://acme/tiny@main"]
+    arguments += ["model.name=tiny", "model.licence=apache-2.0"]
+    arguments += ["model.architecture=null", "model.context_length=null"]
     cache = {
         "HF_HOME": str(project.folder / "hf"),
         "HF_ENDPOINT": hub.url,

@@ -1,14 +1,13 @@
+import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import mlflow
-import pytest
-
 from steps.config import ROOT
-from tests.conftest import MODEL, TARGET, TINY, Project, tracking
+from tests.conftest import MODEL, TARGET, TINY, Project
 
 STEPS = ["fetch", "export_onnx", "log_pyfunc", "log_transformers", "evaluate", "register"]
 
@@ -88,8 +87,43 @@ def test_ctrl_c_stops_the_step_and_leaves_its_run_killed(packaged: Project, tmp_
     assert not list(work.glob("export_onnx/*/*"))
 
 
-@pytest.mark.parametrize("alias", ["champion"])
-def test_both_answer_by_their_alias(packaged: Project, alias: str) -> None:
-    with tracking(packaged):
-        prompt = mlflow.pyfunc.load_model(f"models:/{MODEL}-{TARGET}-prompt@{alias}")
-        assert prompt.predict({"prompt": "The capital of France is"}, params={"max_tokens": 4})[0]
+def test_an_alias_that_was_moved_is_set_again(packaged: Project) -> None:
+    name, client = f"{MODEL}-transformers", packaged.client
+    made = client.get_model_version_by_alias(name, "champion")
+    other = client.create_model_version(name, made.source, made.run_id, model_id=made.model_id)
+    client.set_registered_model_alias(name, "champion", other.version)
+    process = packaged.step("register", f"source={packaged.made['evaluate']['uri']}")
+    assert process.returncode == 0, process.stderr
+    assert client.get_model_version_by_alias(name, "champion").version == made.version
+    client.delete_model_version(name, other.version)
+
+
+def test_a_report_that_was_deleted_is_made_again(packaged: Project) -> None:
+    report = Path(packaged.made["evaluate"]["report"])
+    report.unlink()
+    uris = [packaged.made[step]["uri"] for step in ("log_pyfunc", "log_transformers")]
+    arguments = [*TINY.split(), f"candidate={uris[0]}", f"reference={uris[1]}"]
+    process = packaged.step("evaluate", *arguments)
+    assert process.returncode == 0, process.stderr
+    assert report.is_file()
+
+
+def test_another_licence_is_another_provenance(packaged: Project, tmp_path: Path) -> None:
+    """The same files, whatever is said of them, must not be reused under the old words."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(
+        packaged.made["fetch"]["uri"], folder, copy_function=lambda a, b: Path(b).hardlink_to(a)
+    )
+    provenance = json.loads((folder / "provenance.json").read_text())
+    (folder / "provenance.json").unlink()
+    (folder / "provenance.json").write_text(json.dumps({**provenance, "licence": "mit"}))
+    assert packaged.step("log_transformers", f"source={folder}").returncode == 0
+    outcome = packaged.outcome("log_transformers")
+    assert outcome["content"] != packaged.made["log_transformers"]["content"]
+
+
+def test_what_is_no_evaluation_is_refused_by_register(packaged: Project) -> None:
+    process = packaged.step("register", f"source={packaged.made['fetch']['uri']}/config.json")
+    assert process.stderr.splitlines()[-1].endswith(
+        "config.json is not what evaluate ends with. Pass its uri as source."
+    )

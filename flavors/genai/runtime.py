@@ -126,6 +126,7 @@ class Runtime:
 
     def complete(self, prompt: str, sampling: Sampling) -> Completion:
         """Answer one prompt, taken as it is."""
+        require("prompt", repr(prompt), isinstance(prompt, str), "a string")
         tokens = self.encode(prompt)
         require("prompt", f"{len(tokens)} tokens", len(tokens) > 0, "not empty")
         limit = self.context_length
