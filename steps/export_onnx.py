@@ -69,9 +69,15 @@ def export_onnx(checkpoint: Path, target: Target, folder: Path) -> OnnxModel:
     arguments += ["--extra_options", *options] if options else []
     config = json.loads((checkpoint / "config.json").read_text())
     layers = config.get("num_hidden_layers", 0)
-    build_s, peak_rss_mb = run_builder(
-        ["-i", str(checkpoint), "-o", str(onnx), *arguments], layers, folder / "cache"
-    )
+    try:
+        build_s, peak_rss_mb = run_builder(
+            ["-i", str(checkpoint), "-o", str(onnx), *arguments], layers, folder / "cache"
+        )
+    except RuntimeError as error:
+        if "model is not currently supported" not in str(error):
+            raise
+        architecture = config["architectures"][0]
+        raise RuntimeError(f"the model builder does not support {architecture}.") from error
     require_files(
         onnx, "genai_config.json", "tokenizer.json", "tokenizer_config.json", made_by="export_onnx"
     )
@@ -127,7 +133,8 @@ def run_builder(arguments: list[str], layers: int, cache: Path) -> tuple[float, 
     try:
         with tqdm(total=2 * layers + 2, desc="export", unit="layer", leave=False) as bar:
             for line in process.stdout:
-                last_lines.append(line.rstrip())
+                if line[:1].strip():  # not the code in a traceback
+                    last_lines.append(line.rstrip())
                 if phase := re.match(
                     r"(Reading layer \d+|Reading embedding layer|Saving ONNX model)", line
                 ):
@@ -148,9 +155,7 @@ def run_builder(arguments: list[str], layers: int, cache: Path) -> tuple[float, 
             "times the size of a bfloat16 checkpoint."
         )
     if process.returncode:
-        text = " | ".join(line.strip() for line in last_lines) or "it printed nothing"
-        if "model is not currently supported" in text:
-            raise RuntimeError(f"the model builder does not support this architecture: {text}")
+        text = " | ".join(last_lines) or "it printed nothing"
         raise RuntimeError(f"the model builder failed, exit code {process.returncode}: {text}")
     return round(time.monotonic() - start, 1), round(usage.ru_maxrss / 1024 * 1.048576, 1)
 

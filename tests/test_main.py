@@ -6,8 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+import mlflow
+
 from steps.config import ROOT
-from tests.conftest import MODEL, TARGET, TINY, Project
+from tests.conftest import MODEL, TARGET, TINY, Project, tracking
 
 STEPS = ["fetch", "export_onnx", "log_pyfunc", "log_transformers", "evaluate", "register"]
 
@@ -90,7 +92,8 @@ def test_ctrl_c_stops_the_step_and_leaves_its_run_killed(packaged: Project, tmp_
 def test_an_alias_that_was_moved_is_set_again(packaged: Project) -> None:
     name, client = f"{MODEL}-transformers", packaged.client
     made = client.get_model_version_by_alias(name, "champion")
-    other = client.create_model_version(name, made.source, made.run_id, model_id=made.model_id)
+    with tracking(packaged):
+        other = mlflow.register_model(packaged.made["log_transformers"]["uri"], name)
     client.set_registered_model_alias(name, "champion", other.version)
     process = packaged.step("register", f"source={packaged.made['evaluate']['uri']}")
     assert process.returncode == 0, process.stderr
