@@ -67,7 +67,8 @@ def version_of(client: MlflowClient, uri: str, evaluation: dict[str, Any]) -> Mo
     name, tags = metadata["name"], provenance_tags(metadata, evaluation)
     content = f"name = '{name}' and tags.content = '{tags['content']}'"
     for version in client.search_model_versions(content):
-        if version.tags.get("verdict") == tags["verdict"]:
+        # A verdict is about the ONNX model; the checkpoint serves many targets as their reference.
+        if "target" not in tags or version.tags.get("verdict") == tags["verdict"]:
             log.info("register: %s version %s holds this content already", name, version.version)
             return version
     return mlflow.register_model(uri, name, tags=tags)

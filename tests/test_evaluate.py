@@ -103,7 +103,8 @@ def test_without_its_provider_a_target_is_registered_but_never_champion(packaged
     reference = packaged.made["log_transformers"]
     evaluation = run("evaluate", f"candidate={candidate['uri']}", f"reference={reference['uri']}")
     assert evaluation["verdict"] == "not_evaluated"
-    version = run("register", f"source={evaluation['uri']}")["versions"][0]
+    version, checkpoint = run("register", f"source={evaluation['uri']}")["versions"]
+    assert (checkpoint["version"], checkpoint["alias"]) == ("1", "")
     assert version["name"] == "smollm2-135m-instruct-cuda-int4-rtn-block-32-prompt"
     tags = packaged.client.get_model_version(version["name"], version["version"]).tags
     assert tags["verdict"] == "not_evaluated"
