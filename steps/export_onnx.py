@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -60,10 +61,11 @@ class OnnxModel:
     files: dict[str, str]
 
 
-def export_onnx(checkpoint: Path, target: Target, folder: Path) -> OnnxModel:
+def export_onnx(
+    checkpoint: Path, provenance: dict[str, Any], target: Target, folder: Path
+) -> OnnxModel:
     """Run the builder, check what it wrote, and record how it was made."""
     onnx = folder / "onnx"
-    provenance = read_provenance(checkpoint)
     options = [f"{key}={value}" for key, value in target.builder_options.items()]
     arguments = ["-p", target.precision.value, "-e", target.execution_provider.value]
     arguments += ["--extra_options", *options] if options else []
@@ -226,17 +228,18 @@ def require_same_tokens(runtime: Runtime, checkpoint: Path) -> int:
 def main(config: Config) -> OnnxModel:
     checkpoint = local_path(config.source, "source", "fetch")
     require_files(checkpoint, "config.json", made_by="fetch")
+    provenance = read_provenance(checkpoint)
     return run_step(
         "export_onnx",
         config,
         OnnxModel,
         key={
-            "checkpoint": read_provenance(checkpoint),
+            "checkpoint": provenance,
             "target": asdict(config.target),
             "versions": versions(*LIBRARIES),
         },
         code=[Path(__file__), ROOT / "flavors" / "genai" / "runtime.py"],
-        work=lambda folder: export_onnx(checkpoint, config.target, folder),
+        work=lambda folder: export_onnx(checkpoint, provenance, config.target, folder),
     )
 
 

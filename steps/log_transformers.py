@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 
@@ -32,14 +33,14 @@ class LoggedTransformers:
     size_mb: float
 
 
-def log_transformers(checkpoint: Path, config: Config) -> LoggedTransformers:
+def log_transformers(
+    checkpoint: Path, provenance: dict[str, Any], config: Config
+) -> LoggedTransformers:
     """Log the checkpoint folder as it is: its weights are copied, never loaded."""
-    os.environ["HF_HUB_OFFLINE"] = (
-        "1"  # MLflow looks for a model card at the hub, under whatever name it was given
-    )
+    # MLflow looks for a model card at the hub, under whatever name it was given.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     from huggingface_hub import ModelCard
 
-    provenance = read_provenance(checkpoint)
     requirements = [
         f"{package}=={version.split('+')[0]}" for package, version in versions(*LIBRARIES).items()
     ]
@@ -84,18 +85,19 @@ def named_checkpoint(checkpoint: Path, name: str) -> Iterator[str]:
 def main(config: Config) -> LoggedTransformers:
     checkpoint = local_path(config.source, "source", "fetch")
     require_files(checkpoint, "config.json", made_by="fetch")
+    provenance = read_provenance(checkpoint)
     return run_step(
         "log_transformers",
         config,
         LoggedTransformers,
         key={
-            "checkpoint": read_provenance(checkpoint),
+            "checkpoint": provenance,
             "model": config.model.name,
             "tracking": mlflow.get_tracking_uri(),
             "versions": versions(*LIBRARIES),
         },
         code=[Path(__file__)],
-        work=lambda _: log_transformers(checkpoint, config),
+        work=lambda _: log_transformers(checkpoint, provenance, config),
         still_there=lambda result: logged_model_exists(result.model_id),
     )
 

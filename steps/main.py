@@ -17,6 +17,7 @@ from rich.table import Table
 
 from steps.command import entry_point, join_overrides
 from steps.config import ROOT, Config
+from steps.report import bounds
 from steps.step import mlflow_run, shown_tracking_uri
 
 log = logging.getLogger("steps.main")
@@ -96,17 +97,11 @@ def show(outcomes: dict[str, dict[str, Any]]) -> None:
     )
     for column in ("metric", "ONNX", "checkpoint", "gate"):
         figures.add_column(column, justify="left" if column == "metric" else "right")
-    bounds = {gate["metric"]: gate for gate in evaluation["gates"]}
+    gates = {gate["metric"]: bounds(gate) for gate in evaluation["gates"]}
     for metric in reference | candidate:
         if metric != "scored_tokens":
-            values = [
-                f"{side[metric]:,.4g}" if metric in side else "" for side in (candidate, reference)
-            ]
-            gate = bounds.get(metric, {"min": None, "max": None})
-            words = [
-                f"{s} {gate[k]:g}" for k, s in (("min", "≥"), ("max", "≤")) if gate[k] is not None
-            ]
-            figures.add_row(metric, *values, " and ".join(words))
+            values = [f"{m[metric]:,.4g}" if metric in m else "" for m in (candidate, reference)]
+            figures.add_row(metric, *values, gates.get(metric, ""))
     console.print(steps, "", figures, "")
     for reason in evaluation["reasons"]:
         console.print(f"  {reason}")

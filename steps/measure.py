@@ -77,11 +77,8 @@ class Prompt:
         parameters = {"max_tokens": max_tokens, "temperature": 0.0}
         [text] = self.pyfunc.predict({"prompt": prompt}, params=parameters)
         answered = len(self.runtime.encode(text)) if text else 0
-        return (
-            text,
-            len(self.runtime.encode(prompt)),
-            min(max_tokens, answered + 1),
-        )  # with the end token
+        generated = min(max_tokens, answered + 1)  # the end token counts
+        return text, len(self.runtime.encode(prompt)), generated
 
 
 def measure_speed(model: Measured, texts: dict[str, Any]) -> dict[str, float]:

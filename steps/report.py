@@ -53,7 +53,7 @@ def write_report(
         settings=config.evaluate,
         rows=rows,
         gates=[
-            (METRICS.get(g["metric"], (g["metric"],))[0], formatted_gate(g), g)
+            (METRICS.get(g["metric"], (g["metric"],))[0], (formatted(g["value"], 3), bounds(g)), g)
             for g in evaluation["gates"]
         ],
         plot=plot(evaluation["candidate_metrics"], evaluation["reference_metrics"]),
@@ -67,14 +67,10 @@ def formatted(value: float | None, digits: int) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
-def formatted_gate(gate: dict[str, Any]) -> tuple[str, str]:
-    """A gate's value and its bounds."""
-    bounds = [
-        f"{sign} {gate[side]:g}"
-        for side, sign in (("min", "≥"), ("max", "≤"))
-        if gate[side] is not None
-    ]
-    return formatted(gate["value"], 3), " and ".join(bounds)
+def bounds(gate: dict[str, Any]) -> str:
+    """A gate's bounds in signs."""
+    sides = (("min", "≥"), ("max", "≤"))
+    return " and ".join(f"{sign} {gate[side]:g}" for side, sign in sides if gate[side] is not None)
 
 
 def comparison(values: list[float | None], more_is_better: bool | None) -> str:

@@ -199,7 +199,7 @@ def shown_tracking_uri() -> str:
 
 
 def log_parameters(name: str, config: Config) -> None:
-    """Log the configuration under dotted names, and the versions of the libraries."""
+    """Log the configuration that the step reads, under dotted names."""
     values: dict[str, Any] = {}
 
     def flatten(prefix: str, node: Any) -> None:
