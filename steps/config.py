@@ -86,6 +86,36 @@ class Target:
         require_name("target.name", self.name)
 
 
+class Interface(enum.Enum):
+    """How the logged ONNX model is asked: with prompts as they are, or with conversations."""
+
+    prompt = "prompt"
+    chat = "chat"
+
+
+@dataclass
+class LogPyfunc:
+    """The models to log from one ONNX folder, and how they serve unless told otherwise at load.
+
+    `prove_environment` builds a fresh environment from the logged requirements, and asks the models
+    in it. The others are settings of flavors/genai's Runtime: `threads` null takes the cores that
+    the process may use, `cache_mb` (10^6 bytes) bounds the keys and values kept of past prompts.
+    """
+
+    interfaces: list[Interface] = field(default_factory=lambda: [Interface.prompt, Interface.chat])
+    prove_environment: bool = True
+    threads: int | None = None
+    max_batch_size: int = 16
+    max_queue_size: int = 64
+    cache_mb: float = 1024
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.interfaces or len(set(self.interfaces)) < len(self.interfaces):
+            valid = ", ".join(interface.value for interface in Interface)
+            raise ValueError(f"log_pyfunc.interfaces must hold one or more of {valid}, each once.")
+
+
 @dataclass
 class Evaluate:
     """How much to measure, and the gates of the verdict.
@@ -123,10 +153,14 @@ class Paths:
 
 @dataclass
 class Config:
-    """Everything that a step may read. `source`, `candidate` and `reference` are URIs."""
+    """Everything that a step may read. `source`, `candidate` and `reference` are URIs.
+
+    `candidate` may be several, with commas between: the interfaces of one ONNX model.
+    """
 
     model: Model = field(default_factory=Model)
     target: Target = field(default_factory=Target)
+    log_pyfunc: LogPyfunc = field(default_factory=LogPyfunc)
     evaluate: Evaluate = field(default_factory=Evaluate)
     register: Register = field(default_factory=Register)
     paths: Paths = field(default_factory=Paths)

@@ -2,6 +2,8 @@
 
     python -m steps.evaluate candidate=models:/m-… reference=models:/m-… evaluate=full
 
+Of an ONNX model logged with several interfaces, `candidate` is their URIs with commas between: one
+is measured, the chat interface if it is there, and the verdict is that of their common weights.
 Each model is loaded by its URI in a process of its own (steps/measure.py). The verdict is `passed`,
 `failed` (a gate was not kept) or `not_evaluated` (this machine lacks the candidate's execution
 provider).
@@ -35,12 +37,13 @@ LIBRARIES = ("mlflow", "onnxruntime-genai", "onnxruntime", "transformers", "torc
 class Evaluation:
     """What was measured of two logged models, and the verdict.
 
-    `gates` are dicts of metric, value, min, max and passed; `reasons` say in words what keeps the
+    `candidates` are the interfaces of one ONNX model, the measured one first. `gates` are dicts of
+    metric, value, min, max and passed; `reasons` say in words what keeps the
     verdict from `passed`. `answers` are dicts of prompt, candidate and reference.
     """
 
     uri: str
-    candidate: str
+    candidates: list[str]
     reference: str
     verdict: str
     reasons: list[str]
@@ -51,9 +54,9 @@ class Evaluation:
     report: str
 
 
-def evaluate(candidate: str, reference: str, config: Config, folder: Path) -> Evaluation:
+def evaluate(candidates: list[str], reference: str, config: Config, folder: Path) -> Evaluation:
     """Measure reference and candidate in turn, judge, and write report.html."""
-    texts = read_texts(config.evaluate)
+    texts, candidate = read_texts(config.evaluate), candidates[0]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         log.info("evaluate: measuring the reference %s", reference)
         left = measure(reference, texts, Path(scratch) / "reference")
@@ -77,7 +80,7 @@ def evaluate(candidate: str, reference: str, config: Config, folder: Path) -> Ev
     answers = zip(prompts, answered, left["answers"], strict=True)
     evaluation = Evaluation(
         uri=str(folder),
-        candidate=candidate,
+        candidates=candidates,
         reference=reference,
         verdict=verdict,
         reasons=reasons,
@@ -172,6 +175,16 @@ def measure(
     return result
 
 
+def interfaces_of(uris: list[str]) -> list[str]:
+    """The immutable URIs of one ONNX model's interfaces, the chat interface first."""
+    infos = {logged_model_uri(uri): mlflow.models.get_model_info(uri) for uri in uris}
+    metadata = {uri: info.metadata or {} for uri, info in infos.items()}
+    first, *others = (facts.get("provenance") for facts in metadata.values())
+    if any(provenance != first for provenance in others):
+        raise ValueError(f"candidate={','.join(uris)}: these are not of the same ONNX model.")
+    return sorted(metadata, key=lambda uri: metadata[uri].get("interface") != "chat")
+
+
 def logged_model_uri(uri: str) -> str:
     """The immutable `models:/m-…` behind a URI, which may be a version or an alias that moves."""
     model_id = mlflow.models.get_model_info(uri).model_id
@@ -216,10 +229,8 @@ def logged_size_mb(uri: str) -> float:
 
 def publish(evaluation: Evaluation) -> None:
     """Log the metrics to the run and to both logged models, the report to the run."""
-    for uri, metrics in (
-        (evaluation.candidate, evaluation.candidate_metrics),
-        (evaluation.reference, evaluation.reference_metrics),
-    ):
+    measured = [(uri, evaluation.candidate_metrics) for uri in evaluation.candidates]
+    for uri, metrics in [*measured, (evaluation.reference, evaluation.reference_metrics)]:
         mlflow.log_metrics(metrics, model_id=mlflow.models.get_model_info(uri).model_id)
     mlflow.log_metrics(evaluation.candidate_metrics)
     mlflow.log_metrics({f"reference_{k}": v for k, v in evaluation.reference_metrics.items()})
@@ -236,7 +247,8 @@ def main(config: Config) -> Evaluation:
                 f"{parameter} is missing: pass the URI that {made_by} ended with, "
                 f"as {parameter}=<uri>."
             )
-    candidate, reference = map(logged_model_uri, (str(config.candidate), str(config.reference)))
+    candidates = interfaces_of(str(config.candidate).split(","))
+    reference = logged_model_uri(str(config.reference))
     data = [
         ROOT / Path(path).expanduser() for path in (config.evaluate.texts, config.evaluate.prompts)
     ]
@@ -245,7 +257,7 @@ def main(config: Config) -> Evaluation:
         config,
         Evaluation,
         key={
-            "models": [candidate, reference],
+            "models": [candidates, reference],
             "evaluate": asdict(config.evaluate),
             "gates": {metric: asdict(gate) for metric, gate in config.model.gates.items()},
             "data": digest_of([digest_file(path) for path in data if path.is_file()]),
@@ -253,7 +265,7 @@ def main(config: Config) -> Evaluation:
             "versions": versions(*LIBRARIES),
         },
         code=[ROOT / "steps" / name for name in CODE],
-        work=lambda folder: evaluate(candidate, reference, config, folder),
+        work=lambda folder: evaluate(candidates, reference, config, folder),
         publish=publish,
     )
 

@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flavors.genai.runtime import ExecutionProviderUnavailable, Runtime, Sampling
+from flavors.genai.decoder import ExecutionProviderUnavailable
+from flavors.genai.parameters import Parameters
+from flavors.genai.runtime import Runtime
 from steps.command import entry_point
 from steps.config import ROOT, Config, Target
 from steps.provenance import read_provenance, require_files, size_mb, write_provenance
@@ -182,12 +184,11 @@ def require_it_generates(onnx: Path, checkpoint: Path, target: Target) -> tuple[
             )
             return "none", 0
     differences = require_same_tokens(runtime, checkpoint)
-    answer = runtime.complete(
-        runtime.render([{"role": "user", "content": "Hello"}]), Sampling(8, temperature=0)
-    )
+    prompt = runtime.render([{"role": "user", "content": "Hello"}])
+    [[answer]] = runtime.answer([prompt], Parameters(max_tokens=8))
     if answer.completion_tokens == 0:
         raise RuntimeError(f"{onnx} loads but generates nothing: the export is broken.")
-    if not np.isfinite(runtime.log_probabilities(runtime.encode("Hello, world!"))).all():
+    if not np.isfinite(runtime.log_probabilities(runtime.tokenizer.encode("Hello, world!"))).all():
         raise RuntimeError(f"{onnx} loads but its logits are not finite: the export is broken.")
     return provider, differences
 
@@ -211,7 +212,7 @@ def require_same_tokens(runtime: Runtime, checkpoint: Path) -> int:
     differences = 0
     for text in (rendered, *PROBES):
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-        found = [int(token) for token in runtime.tokenizer.encode(text)]
+        found = [int(token) for token in runtime.tokenizer.tokenizer.encode(text)]
         if found in (expected, [tokenizer.bos_token_id, *expected]):
             continue
         message = f"the exported tokenizer encodes {text!r} as {found[:8]}…, "

@@ -64,21 +64,28 @@ class Transformers:
         return self.pipeline.tokenizer(text)["input_ids"]
 
 
-class Prompt:
-    """The ONNX model's prompt interface; its own chat template makes the prompts."""
+class Genai:
+    """The ONNX model's chat interface, or its prompt interface with its chat template."""
 
     def __init__(self, uri: str) -> None:
-        self.pyfunc = mlflow.pyfunc.load_model(uri)
+        # No cache: times are those of prompts that were not seen before.
+        self.pyfunc = mlflow.pyfunc.load_model(uri, model_config={"cache_mb": 0})
+        self.interface = self.pyfunc.metadata.metadata["interface"]
         self.runtime = self.pyfunc.unwrap_python_model().runtime
         self.log_probabilities = self.runtime.log_probabilities
 
     def answer(self, messages: list[dict[str, str]], max_tokens: int) -> tuple[str, int, int]:
-        prompt = self.runtime.render(messages)
         parameters = {"max_tokens": max_tokens, "temperature": 0.0}
+        if self.interface == "chat":
+            completion = self.pyfunc.predict({"messages": messages, **parameters})
+            usage = completion["usage"]
+            text = completion["choices"][0]["message"]["content"]
+            return text, usage["prompt_tokens"], usage["completion_tokens"]
+        prompt = self.runtime.render(messages)
         [text] = self.pyfunc.predict({"prompt": prompt}, params=parameters)
-        answered = len(self.runtime.encode(text)) if text else 0
-        generated = min(max_tokens, answered + 1)  # the end token counts
-        return text, len(self.runtime.encode(prompt)), generated
+        encode = self.runtime.tokenizer.encode
+        generated = min(max_tokens, len(encode(text)) + 1)  # the end token counts
+        return text, len(encode(prompt)), generated
 
 
 def measure_speed(model: Measured, texts: dict[str, Any]) -> dict[str, float]:
@@ -160,7 +167,7 @@ def measure(uri: str, texts: dict[str, Any], out: Path, reference: Path | None) 
     """Everything about one model: metrics and answers, or why it is unavailable here."""
     start = time.perf_counter()
     try:
-        model: Prompt | Transformers = Prompt(uri) if reference else Transformers(uri)
+        model: Genai | Transformers = Genai(uri) if reference else Transformers(uri)
     except RuntimeError as error:
         if type(error).__name__ != "ExecutionProviderUnavailable":  # the class ships with the model
             raise

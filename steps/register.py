@@ -3,7 +3,8 @@
     python -m steps.register source=work/evaluate/<key>
     python -m steps.register source=runs:/<run id of evaluate>/result.json register.alias=challenger
 
-Both logged models become versions: the ONNX model and the checkpoint that it was held against.
+Every logged model becomes a version: the interfaces of the ONNX model, and the checkpoint that it
+was held against.
 Without a passing verdict no version gets the alias; after a failed one nothing is registered at
 all.
 """
@@ -28,7 +29,7 @@ log = logging.getLogger("steps.register")
 
 @dataclass(frozen=True)
 class Registration:
-    """Versions, as dicts of name, version and alias ("": none); `uri` is the ONNX model's."""
+    """Versions, as dicts of name, version and alias ("": none); `uri` is the one measured."""
 
     uri: str
     verdict: str
@@ -43,9 +44,8 @@ def register(evaluation: dict[str, Any], alias: str) -> Registration:
             f"not registered, the evaluation failed: {'; '.join(evaluation['reasons'])}."
         )
     client = MlflowClient()
-    versions = [
-        version_of(client, evaluation[side], evaluation) for side in ("candidate", "reference")
-    ]
+    models = [*evaluation["candidates"], evaluation["reference"]]
+    versions = [version_of(client, uri, evaluation) for uri in models]
     if verdict != "passed":
         log.info("register: no alias %s: %s", alias, "; ".join(evaluation["reasons"]))
         alias = ""
@@ -87,7 +87,7 @@ def provenance_tags(metadata: dict[str, Any], evaluation: dict[str, Any]) -> dic
         "licence": checkpoint.get("licence", ""),
         "verdict": evaluation["verdict"],
         "verdict_reasons": "; ".join(evaluation["reasons"]),
-        "evaluated_with": evaluation["candidate"]
+        "evaluated_with": evaluation["candidates"][0]
         if "target" not in provenance
         else evaluation["reference"],
         "versions": json.dumps(provenance.get("versions", {})),
@@ -121,7 +121,8 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist: evaluate did not finish. Run it again.")
     try:
         evaluation = json.loads(path.read_text())["outcome"]
-        return {k: evaluation[k] for k in ("candidate", "reference", "verdict", "reasons", "gates")}
+        fields = ("candidates", "reference", "verdict", "reasons", "gates")
+        return {k: evaluation[k] for k in fields}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not what evaluate ends with. Pass its uri as source."

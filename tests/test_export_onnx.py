@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flavors.genai.runtime import Runtime, Sampling
+from flavors.genai.parameters import Parameters
+from flavors.genai.runtime import Runtime
 from steps.export_onnx import require_same_tokens, run_builder
 from tests.conftest import Project
 
@@ -32,7 +33,7 @@ def test_an_export_loads_generates_and_says_how_it_was_made(packaged: Project, o
 def test_the_exported_model_answers_in_english(onnx: Path) -> None:
     runtime = Runtime(onnx)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = runtime.complete(runtime.render(question), Sampling(32, temperature=0))
+    [[answer]] = runtime.answer([runtime.render(question)], Parameters(max_tokens=32))
     assert "Paris" in answer.text
 
 

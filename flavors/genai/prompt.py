@@ -1,23 +1,21 @@
 """The prompt interface, as models-from-code: a string in, its answer out, row for row."""
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import mlflow
 import pandas as pd
-from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from flavors.genai.runtime import Runtime, Sampling
+from flavors.genai.interface import mlflow_errors, open_runtime
+from flavors.genai.parameters import Parameters
 
 
 class PromptModel(PythonModel):
     """Answers prompts as they are given: the caller writes the chat template."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        config = context.model_config
-        folder = Path(context.artifacts["onnx"])
-        self.runtime = Runtime(folder, config["execution_provider"], config.get("threads"))
+        self.runtime = open_runtime(context)
 
     def predict(
         self,
@@ -25,13 +23,26 @@ class PromptModel(PythonModel):
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> list[str]:
-        try:
-            sampling = Sampling(**{k: v for k, v in (params or {}).items() if v is not None})
-            return [
-                self.runtime.complete(prompt, sampling).text for prompt in model_input["prompt"]
-            ]
-        except ValueError as error:
-            raise MlflowException.invalid_parameter_value(str(error)) from error
+        """The answers, row for row; `n` of them for each row, one after the other."""
+        with mlflow_errors():
+            parameters = Parameters.of(params or {}, self.runtime.defaults)
+            answers = self.runtime.answer(model_input["prompt"].tolist(), parameters)
+        return [completion.text for completions in answers for completion in completions]
+
+    def predict_stream(
+        self,
+        context: PythonModelContext,
+        model_input: dict[str, Any],
+        params: dict[str, Any] | None = None,
+    ) -> Iterator[str]:
+        """The answer to one prompt, in pieces of text."""
+        with mlflow_errors():
+            parameters = Parameters.of(params or {}, self.runtime.defaults)
+            if parameters.n > 1:
+                raise ValueError(f"n is {parameters.n}; it must be 1 to stream a prompt's answer")
+            for _, event in self.runtime.stream(model_input["prompt"], parameters):
+                if isinstance(event, str):
+                    yield event
 
 
 mlflow.models.set_model(PromptModel())

@@ -1,181 +1,229 @@
-"""onnxruntime-genai behind typed calls: load a folder, render a chat, answer, score tokens."""
+"""A model that answers: prompts in, text out, whole or in pieces, from any number of threads."""
 
+import hashlib
 import json
 import os
 import threading
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
-
-
-class ExecutionProviderUnavailable(RuntimeError):
-    """This onnxruntime-genai lacks the execution provider, or this machine its device."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens. None leaves a value as the checkpoint's generation_config has it.
-
-    `temperature` 0 is greedy. `seed` makes sampling repeatable.
-    """
-
-    max_tokens: int = 256
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        require(
-            "temperature",
-            self.temperature,
-            self.temperature is None or self.temperature >= 0,
-            "0 or more",
-        )
-        require(
-            "top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"
-        )
-        require("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
-        penalty = self.repetition_penalty
-        require("repetition_penalty", penalty, penalty is None or penalty > 0, "above 0")
-        require(
-            "seed", self.seed, self.seed is None or 0 <= self.seed < 2**31, "from 0 to 2147483647"
-        )
-
-    def search_options(self, prompt_tokens: int) -> dict[str, Any]:
-        """The search options of onnxruntime-genai's GeneratorParams."""
-        options: dict[str, Any] = {"max_length": prompt_tokens + self.max_tokens}
-        if self.temperature is not None:
-            options["do_sample"] = self.temperature > 0
-            if self.temperature > 0:
-                options["temperature"] = self.temperature
-        names = {
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "repetition_penalty": self.repetition_penalty,
-        }
-        options |= {name: value for name, value in names.items() if value is not None}
-        if self.seed is not None:
-            options["random_seed"] = self.seed
-        return options
-
-
-@dataclass(frozen=True)
-class Completion:
-    """An answer; `finish_reason` is `stop` or `length`, the end token counts as generated."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: str
+from flavors.genai.batch_decoder import BatchDecoder
+from flavors.genai.decoder import Decoder, has_longrope
+from flavors.genai.generator_decoder import GeneratorDecoder
+from flavors.genai.parameters import Parameters
+from flavors.genai.sampling import Sampler, log_softmax
+from flavors.genai.scheduler import Completion, Event, Scheduler, Sequence, receive
+from flavors.genai.tokenizer import Tokenizer
 
 
 class Runtime:
-    """A loaded model. Threads may share it: their prompts are answered one after the other.
+    """An ONNX folder, loaded: what the model builder wrote, and how to serve it.
 
-    `folder` is what the model builder wrote; `execution_provider` one of cpu, cuda, dml, webgpu;
-    `threads` the number of intra-op threads, by default the cores that this process may use.
+    `execution_provider` is one of cpu, cuda, dml, webgpu; `threads` the number of intra-op threads,
+    by default the cores that this process may use. `max_batch_size` sequences are answered at once,
+    `max_queue_size` more may wait. `cache_mb` (10^6 bytes) bounds the keys and values kept of past
+    prompts. `context_length` may lower the model's, in tokens. `sha256` holds digests that files of
+    the folder must have. `defaults` are Parameters by name, where they differ from the checkpoint's
+    generation_config.
+
+    It is safe to pickle, and to use after a fork: the process that gets it loads anew.
     """
 
     def __init__(
-        self, folder: Path, execution_provider: str = "cpu", threads: int | None = None
+        self,
+        folder: Path,
+        execution_provider: str = "cpu",
+        *,
+        threads: int | None = None,
+        max_batch_size: int = 16,
+        max_queue_size: int = 64,
+        cache_mb: float = 1024,
+        context_length: int | None = None,
+        sha256: dict[str, str] | None = None,
+        defaults: dict[str, Any] | None = None,
     ) -> None:
-        import onnxruntime_genai as og
+        for name, value in (
+            ("threads", threads),
+            ("max_batch_size", max_batch_size),
+            ("max_queue_size", max_queue_size),
+            ("context_length", context_length),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.folder, self.execution_provider = Path(folder), execution_provider
+        self.threads, self.cache_mb = threads or available_cores(), cache_mb
+        self.max_batch_size, self.max_queue_size = max_batch_size, max_queue_size
+        self.sha256 = sha256 or {}
+        self.genai_config = json.loads((self.folder / "genai_config.json").read_text())
+        model = self.genai_config["model"]
+        model["context_length"] = min(context_length or 2**62, model["context_length"])
+        self.context_length: int = model["context_length"]
+        self.defaults = Parameters.of(defaults or {}, generation_defaults(self.genai_config))
+        self.load()
 
-        self.og = og
-        config = og.Config(str(folder))
-        config.clear_providers()
-        if execution_provider != "cpu":
-            config.append_provider(execution_provider)
-        session = {"intra_op_num_threads": threads or available_cores()}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-        try:
-            self.model = og.Model(config)
-        except RuntimeError as error:
-            if execution_provider == "cpu":
+    def load(self) -> None:
+        """Open weights and tokenizer, while the digests of the files are checked."""
+        self.process, self.loading = os.getpid(), threading.Lock()
+        with ThreadPoolExecutor(2) as pool:
+            checked = pool.submit(require_digests, self.folder, self.sha256)
+            tokenizer = pool.submit(Tokenizer, self.folder, self.genai_config)
+            try:
+                decoder = self.open_decoder()
+            except Exception:
+                checked.result()
                 raise
-            raise ExecutionProviderUnavailable(
-                f"{execution_provider}: {' '.join(str(error).split())}"
-            ) from error
-        self.tokenizer = og.Tokenizer(self.model)
-        genai_config = json.loads((folder / "genai_config.json").read_text())
-        self.one_at_a_time = threading.Lock()
-        self.context_length: int = genai_config["model"]["context_length"]
-        self.vocabulary_size: int = genai_config["model"]["vocab_size"]
+            checked.result()
+            self.tokenizer = tokenizer.result()
+        self.scheduler = Scheduler(decoder, self.max_batch_size, self.max_queue_size)
+
+    def open_decoder(self) -> Decoder:
+        if self.execution_provider == "cpu" and not has_longrope(self.genai_config):
+            return BatchDecoder(
+                self.folder, self.genai_config, self.threads, self.max_batch_size, self.cache_mb
+            )
+        return GeneratorDecoder(
+            self.folder, self.genai_config, self.execution_provider, self.threads, self.cache_mb
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = self.__dict__.copy()
+        for loaded in ("tokenizer", "scheduler", "loading"):
+            kept.pop(loaded)
+        return {**kept, "process": -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "loading": threading.Lock()}
+
+    def require_loaded(self) -> None:
+        """Load where this process did not yet: after a fork, or out of a pickle."""
+        if self.process != os.getpid():
+            with self.loading:
+                if self.process != os.getpid():
+                    self.load()
+
+    def answer(self, prompts: list[str], parameters: Parameters) -> list[list[Completion]]:
+        """Answer prompts, taken as they are: `n` completions each, in the prompts' order.
+
+        Raises ValueError where a prompt is wrong, before any is answered, and Busy.
+        """
+        self.require_loaded()
+        tokens = [self.encode(prompt, parameters) for prompt in prompts]
+        self.scheduler.require_room()
+        answers: list[list[Completion]] = []
+        under_way: deque[list[Sequence]] = deque()
+        try:
+            for prompt in tokens:
+                under_way.append(self.submit(prompt, parameters))
+                if sum(map(len, under_way)) >= 2 * self.max_batch_size:
+                    answers.append(collect(under_way.popleft()))
+            while under_way:
+                answers.append(collect(under_way.popleft()))
+        finally:
+            for sequence in (s for sequences in under_way for s in sequences):
+                sequence.cancelled = True
+        return answers
+
+    def stream(self, prompt: str, parameters: Parameters) -> Iterator[tuple[int, str | Completion]]:
+        """Answer one prompt in pieces: (choice, piece of text), at the end (choice, Completion).
+
+        Closing the iterator ends the answer.
+        """
+        self.require_loaded()
+        tokens = self.encode(prompt, parameters)
+        self.scheduler.require_room()
+        yield from receive(self.submit(tokens, parameters, streamed=True))
+
+    def submit(
+        self, prompt: list[int], parameters: Parameters, streamed: bool = False
+    ) -> list[Sequence]:
+        events: SimpleQueue[Event] = SimpleQueue()
+        sequences = []
+        for choice in range(parameters.n):
+            schema = parameters.schema
+            grammar = self.tokenizer.grammar(schema) if schema is not None else None
+            sampler = Sampler(parameters, prompt, choice, grammar)
+            text = self.tokenizer.stream(parameters.stop)
+            end_tokens = self.tokenizer.end_tokens
+            sequences.append(
+                Sequence(prompt, parameters, sampler, text, end_tokens, events, choice, streamed)
+            )
+        for sequence in sequences:
+            self.scheduler.submit(sequence)
+        return sequences
+
+    def encode(self, prompt: str, parameters: Parameters) -> list[int]:
+        """The prompt's tokens; ValueError where it is no text, empty, or too long to answer."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt is {prompt!r}; it must be a string")
+        tokens = self.tokenizer.encode(prompt)
+        if not tokens:
+            raise ValueError("prompt is empty; it must hold at least one token")
+        total = len(tokens) + parameters.max_tokens
+        if total > self.context_length:
+            raise ValueError(
+                f"prompt is {len(tokens)} tokens, with max_tokens {parameters.max_tokens} that is "
+                f"{total}; the context length is {self.context_length}"
+            )
+        return tokens
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The prompt that the checkpoint's chat template makes, up to the assistant's turn."""
-        return self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
-
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text; ValueError where the tokenizer knows a part of it not."""
-        tokens = [int(token) for token in self.tokenizer.encode(text)]
-        require(
-            "prompt",
-            "a text with unknown tokens",
-            min(tokens, default=0) >= 0,
-            "in the model's vocabulary",
-        )
-        return tokens
-
-    def complete(self, prompt: str, sampling: Sampling) -> Completion:
-        """Answer one prompt, taken as it is."""
-        require("prompt", repr(prompt), isinstance(prompt, str), "a string")
-        tokens = self.encode(prompt)
-        require("prompt", f"{len(tokens)} tokens", len(tokens) > 0, "not empty")
-        limit = self.context_length
-        total = f"{len(tokens)} tokens + max_tokens {sampling.max_tokens}"
-        require(
-            "prompt",
-            total,
-            len(tokens) + sampling.max_tokens <= limit,
-            f"at most {limit}, the context length",
-        )
-        with self.one_at_a_time:
-            generated = self.generate(tokens, sampling)
-        ended = len(generated) > 0 and int(generated[-1]) in self.tokenizer.eos_token_ids
-        text = self.tokenizer.decode(generated[: len(generated) - ended])
-        return Completion(text, len(tokens), len(generated), "stop" if ended else "length")
-
-    def generate(self, tokens: list[int], sampling: Sampling) -> np.ndarray:
-        """The tokens that follow `tokens`, the end token included: int32 [generated]."""
-        parameters = self.og.GeneratorParams(self.model)
-        parameters.set_search_options(**sampling.search_options(len(tokens)))
-        generator = self.og.Generator(self.model, parameters)
-        generator.append_tokens(tokens)
-        while not generator.is_done():
-            generator.generate_next_token()
-        return generator.get_sequence(0)[len(tokens) :]
+        self.require_loaded()
+        return self.tokenizer.render(messages)
 
     def log_probabilities(self, tokens: list[int]) -> np.ndarray:
         """Natural-log probabilities of the token after each: float32 [tokens, vocabulary]."""
-        parameters = self.og.GeneratorParams(self.model)
-        parameters.set_search_options(max_length=len(tokens) + 1)
-        generator = self.og.Generator(self.model, parameters)
-        generator.append_tokens(tokens)
-        logits = generator.get_output("logits")[0].astype(np.float32)
-        logits -= logits.max(axis=-1, keepdims=True)
-        return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        self.require_loaded()
+        with self.scheduler.computing:
+            return log_softmax(self.scheduler.decoder.score(tokens))
+
+
+def collect(sequences: list[Sequence]) -> list[Completion]:
+    """Wait for all answers to one prompt, in the order of their choice."""
+    events = sorted(receive(sequences), key=lambda event: event[0])
+    return [completion for _, completion in events if isinstance(completion, Completion)]
+
+
+def generation_defaults(genai_config: dict[str, Any]) -> Parameters:
+    """What the checkpoint's generation_config says, as the model builder wrote it down."""
+    search = genai_config.get("search", {})
+    names = ("top_p", "top_k", "repetition_penalty")
+    values = {name: search[name] for name in names if name in search}
+    temperature = search.get("temperature", 1.0) if search.get("do_sample") else 0.0
+    return Parameters(temperature=temperature, **values)
+
+
+def require_digests(folder: Path, sha256: dict[str, str]) -> None:
+    """Raise where a file of the folder is not what it was when the model was logged."""
+    for name, expected in sha256.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing; the model was logged with it")
+        with (folder / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise ValueError(
+                f"{folder / name} changed since the model was logged: its SHA-256 is {found}, "
+                f"expected {expected}. Do not use it: download the model again."
+            )
 
 
 def available_cores() -> int:
-    """The cores that this process may use: its affinity, capped by the CPU quota of its cgroup."""
+    """The cores that this process may use: its affinity, capped by the CPU quota of its cgroup.
+
+    OMP_NUM_THREADS caps them further; Spark sets it to the cores of a task.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()  # cgroup v2
-        return max(1, min(cores, int(quota) // int(period)))
+        cores = min(cores, int(quota) // int(period))
     except (OSError, ValueError):
-        return cores
-
-
-def require(name: str, value: Any, holds: bool, limit: str) -> None:
-    """Raise ValueError naming the field, what it was and its limit."""
-    if not holds:
-        raise ValueError(f"{name} is {value}; it must be {limit}")
+        pass
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores, int(limit)) if limit.isdigit() else cores)

@@ -1,0 +1,65 @@
+"""What runs the ONNX model: tokens in, logits out, keys and values kept from one call to the next.
+
+Two classes do the same for the scheduler: `BatchDecoder` runs many sequences in one call, on the
+CPU; `GeneratorDecoder` one after the other, with any execution provider.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+CAPACITY_STEP = 256  # keys and values are allocated for a multiple of so many tokens
+LONGROPE_SWITCH = 4096  # tokens; beyond them Phi's LongRoPE graphs use other factors
+
+
+class ExecutionProviderUnavailable(RuntimeError):
+    """This onnxruntime-genai lacks the execution provider, or this machine its device."""
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence in a decoder: the tokens whose keys and values are computed."""
+
+    tokens: list[int] = field(default_factory=list)
+    state: Any = None
+
+
+class Decoder(Protocol):
+    """What the scheduler drives, from one thread. Logits are float32."""
+
+    def open(self, prompt: list[int], length: int) -> Row:
+        """A new row for a sequence of at most `length` tokens, begun from what is computed."""
+
+    def extend(self, row: Row, tokens: list[int]) -> np.ndarray:
+        """Append tokens of a prompt to the row opened last; logits after them, [vocabulary]."""
+
+    def step(self, rows: list[Row], tokens: list[int]) -> np.ndarray:
+        """Append one token to each row; logits after them, [rows, vocabulary]."""
+
+    def close(self, row: Row, keep: bool = True) -> None:
+        """Give up a row; `keep` what it computed for later ones, within the budget."""
+
+    def score(self, tokens: list[int]) -> np.ndarray:
+        """Logits after each of the tokens, [tokens, vocabulary]."""
+
+
+def has_longrope(genai_config: dict[str, Any]) -> bool:
+    """Whether the graph changes its rotary factors with the length, as Phi's long models do.
+
+    onnxruntime-genai goes by the type as well: https://github.com/microsoft/onnxruntime-genai/pull/1161
+    """
+    model = genai_config["model"]
+    return model["type"].startswith("phi") and model["context_length"] > LONGROPE_SWITCH
+
+
+def common(first: list[int], second: list[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

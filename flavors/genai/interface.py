@@ -1,0 +1,35 @@
+"""What the interfaces share: the runtime that a logged model's configuration asks for, errors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import REQUEST_LIMIT_EXCEEDED
+from mlflow.pyfunc import PythonModelContext
+
+from flavors.genai.parameters import Parameters
+from flavors.genai.runtime import Runtime
+from flavors.genai.scheduler import Busy
+
+PARAMETERS = [*(field.name for field in fields(Parameters)), "response_format"]
+
+
+def open_runtime(context: PythonModelContext) -> Runtime:
+    """Load the model's ONNX folder as its `model_config` says, at load or as it was logged."""
+    config = dict(context.model_config)
+    config.pop("model", None)
+    defaults = {name: config.pop(name) for name in PARAMETERS if name in config}
+    return Runtime(Path(context.artifacts["onnx"]), defaults=defaults, **config)
+
+
+@contextmanager
+def mlflow_errors() -> Iterator[None]:
+    """A wrong request is HTTP 400 through MLflow's scoring server, a full queue 429."""
+    try:
+        yield
+    except ValueError as error:
+        raise MlflowException.invalid_parameter_value(str(error)) from error
+    except Busy as error:
+        raise MlflowException(str(error), error_code=REQUEST_LIMIT_EXCEEDED) from error

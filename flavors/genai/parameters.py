@@ -1,0 +1,108 @@
+"""What a request may ask for, named as in OpenAI's Chat Completions, and how it is checked."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+MAX_STOP = 16
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """One request's parameters. Each is checked; a wrong one raises ValueError, in one line.
+
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `stop` ends the answer before any of
+    its strings. `n` answers are sampled per prompt. `seed` makes them repeatable. `schema` is the
+    JSON schema of `response_format`, as text. `top_logprobs` counts the alternatives listed beside
+    each token's log-probability.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    schema: str | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (kind, holds, limit) in LIMITS.items():
+            value = getattr(self, name)
+            if value is None and name == "seed":
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+                raise ValueError(f"{name} is {value!r}; it must be {limit}")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs is {self.top_logprobs}; it needs logprobs: true")
+
+    @classmethod
+    def of(cls, request: Mapping[str, Any], defaults: "Parameters | None" = None) -> "Parameters":
+        """Read a request's fields; what is absent or null stays as in `defaults`."""
+        values = {field.name: getattr(defaults or cls(), field.name) for field in fields(cls)}
+        for name, value in request.items():
+            value = value.item() if isinstance(value, np.generic) else value
+            if value is None or isinstance(value, float) and np.isnan(value) or name == "schema":
+                continue
+            if isinstance(value, float) and value.is_integer():  # a data frame's, or JSON's
+                value = int(value)
+            if name == "response_format":
+                values["schema"] = json_schema(value)
+            elif name == "stop":
+                values["stop"] = stop_strings(value)
+            elif name == "logprobs" and not isinstance(value, bool):
+                raise ValueError(f"logprobs is {value!r}; it must be true or false")
+            elif name in values:
+                values[name] = value
+        return cls(**values)
+
+
+NUMBER = (int, float)
+LIMITS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "max_tokens": (int, lambda v: v >= 1, "an integer of at least 1"),
+    "temperature": (NUMBER, lambda v: 0 <= v <= 100, "a number from 0 to 100"),
+    "top_p": (NUMBER, lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
+    "top_k": (int, lambda v: v >= 0, "an integer of at least 0, 0 for no limit"),
+    "repetition_penalty": (NUMBER, lambda v: 0 < v <= 100, "a number above 0 and at most 100"),
+    "seed": (int, lambda v: 0 <= v < 2**63, "an integer from 0 to 2^63 - 1"),
+    "n": (int, lambda v: 1 <= v <= 128, "an integer from 1 to 128"),
+    "top_logprobs": (int, lambda v: 0 <= v <= 20, "an integer from 0 to 20"),
+}
+
+
+def stop_strings(stop: Any) -> tuple[str, ...]:
+    """`stop` as a tuple: one string, or a list of them."""
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, (list, tuple, np.ndarray)) or len(strings) > MAX_STOP:
+        raise ValueError(f"stop is {stop!r}; it must be a string, or a list of at most {MAX_STOP}")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"stop holds {string!r}; it must hold strings that are not empty")
+    return tuple(strings)
+
+
+def json_schema(response_format: Any) -> str | None:
+    """The JSON schema that OpenAI's `response_format` asks for, as text; None for free text."""
+    kind = response_format.get("type") if isinstance(response_format, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return '{"type": "object"}'
+    if kind != "json_schema":
+        raise ValueError(
+            f"response_format is {response_format!r}; its type must be text, json_object or "
+            "json_schema"
+        )
+    wrapper = response_format.get("json_schema")
+    schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
+    if not isinstance(schema, dict):
+        raise ValueError(
+            f"response_format.json_schema.schema is {schema!r}; it must be a JSON schema"
+        )
+    return json.dumps(schema)
