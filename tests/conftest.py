@@ -23,6 +23,7 @@ TARGET = "cpu-int4-rtn-block-32-acc-level-4"
 # Overrides that keep a run to seconds; so few tokens need looser gates.
 TINY = (
     f"hydra.searchpath=[file://{ROOT / 'tests' / 'conf'}] evaluate=tiny "
+    "log_pyfunc.prove_environment=false "
     "model.gates.perplexity_ratio.max=3 model.gates.kl_divergence.max=2 "
     "model.gates.top1_agreement.min=0.2"
 )
@@ -108,6 +109,31 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def smollm2(packaged: Project) -> Path:
     """The checkpoint that fetch made."""
     return Path(packaged.made["fetch"]["uri"])
+
+
+@pytest.fixture(scope="session")
+def onnx(packaged: Project) -> Path:
+    """The ONNX folder that export_onnx made."""
+    return Path(packaged.made["export_onnx"]["uri"])
+
+
+@pytest.fixture(scope="session")
+def chat_folder(packaged: Project) -> Path:
+    """The logged chat model, as a folder."""
+    return logged_folder(packaged, "chat")
+
+
+@pytest.fixture(scope="session")
+def prompt_folder(packaged: Project) -> Path:
+    """The logged prompt model, as a folder."""
+    return logged_folder(packaged, "prompt")
+
+
+def logged_folder(project: Project, interface: str) -> Path:
+    models = project.made["log_pyfunc"]["models"]
+    [model_id] = [model["model_id"] for model in models if model["interface"] == interface]
+    location = project.client.get_logged_model(model_id).artifact_location
+    return Path(location.removeprefix("file://"))
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,6 @@ from steps.export_onnx import require_same_tokens, run_builder
 from tests.conftest import Project
 
 
-@pytest.fixture(scope="session")
-def onnx(packaged: Project) -> Path:
-    return Path(packaged.made["export_onnx"]["uri"])
-
-
 def test_an_export_loads_generates_and_says_how_it_was_made(packaged: Project, onnx: Path) -> None:
     outcome = packaged.made["export_onnx"]
     assert outcome["checked_on"] == "cpu"

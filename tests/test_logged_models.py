@@ -1,7 +1,8 @@
-"""What log_pyfunc and log_transformers left, as its users see it."""
+"""What log_pyfunc and log_transformers left, as its users see it in Python."""
 
+import json
+import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 
+from steps.log_pyfunc import prove_environment, runtime_requirements
 from tests.conftest import MODEL, TARGET, Project, tracking
 
 FRANCE = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 SKY = "<|im_start|>user\nWhat colour is the sky?<|im_end|>\n<|im_start|>assistant\n"
+USER = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,12 @@ def prompt(packaged: Project) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def chat(packaged: Project) -> Iterator[Any]:
     with tracking(packaged):
+        yield mlflow.pyfunc.load_model(f"models:/{MODEL}-{TARGET}-chat@champion")
+
+
+@pytest.fixture(scope="module")
+def transformers(packaged: Project) -> Iterator[Any]:
+    with tracking(packaged):
         yield mlflow.pyfunc.load_model(f"models:/{MODEL}-transformers@champion")
 
 
@@ -32,26 +41,25 @@ def ask(model: Any, *prompts: str, **params: object) -> list[str]:
     return model.predict(pd.DataFrame({"prompt": prompts}), params={"max_tokens": 12, **params})
 
 
+def converse(model: Any, content: object, **fields: object) -> dict[str, Any]:
+    messages = [{"role": "user", "content": content}]
+    return model.predict({"messages": messages, "max_tokens": 12, "temperature": 0, **fields})
+
+
 def test_the_prompt_model_has_the_promised_signature(prompt: Any) -> None:
     signature = prompt.metadata.signature
     assert str(signature.inputs) == "['prompt': string (required)]"
     assert str(signature.outputs) == "[string (required)]"
-    names = {parameter.name for parameter in signature.params}
-    assert names >= {"max_tokens", "temperature", "top_p", "top_k", "seed", "repetition_penalty"}
+    assert {parameter.name for parameter in signature.params} == {
+        *("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed"),
+        *("stop", "n", "response_format"),
+    }
 
 
 def test_every_row_gets_its_own_answer_in_order(prompt: Any) -> None:
     france, sky = ask(prompt, FRANCE, temperature=0), ask(prompt, SKY, temperature=0)
     assert "Paris" in france[0]
     assert ask(prompt, FRANCE, SKY, FRANCE, temperature=0) == [*france, *sky, *france]
-
-
-def test_threads_that_ask_at_once_get_their_own_answers(prompt: Any) -> None:
-    alone = {text: ask(prompt, text, temperature=0) for text in (FRANCE, SKY)}
-    texts = [FRANCE, SKY] * 4
-    with ThreadPoolExecutor(8) as pool:
-        together = pool.map(lambda text: ask(prompt, text, temperature=0), texts)
-        assert list(together) == [alone[text] for text in texts]
 
 
 def test_the_same_seed_gives_the_same_text_and_another_another(prompt: Any) -> None:
@@ -62,51 +70,209 @@ def test_the_same_seed_gives_the_same_text_and_another_another(prompt: Any) -> N
     assert len({sample(seed)[0] for seed in range(4)}) > 1
 
 
+def test_a_prompts_stream_is_its_answer(prompt: Any) -> None:
+    params = {"max_tokens": 20, "stop": ["Germany"]}
+    pieces = list(prompt.predict_stream({"prompt": FRANCE}, params=params))
+    assert len(pieces) > 1
+    assert "".join(pieces) == prompt.predict({"prompt": FRANCE}, params=params)[0]
+
+
 @pytest.mark.parametrize(
     ("parameter", "value", "limit"),
     [
         ("max_tokens", 0, "at least 1"),
-        ("max_tokens", 100_000, "at most 8192, the context length"),
-        ("temperature", -0.1, "0 or more"),
+        ("max_tokens", -3, "at least 1"),
+        ("max_tokens", 100_000, "the context length is 8192"),
+        ("temperature", -0.1, "from 0"),
         ("top_p", 2.0, "above 0 and at most 1"),
-        ("top_k", 0, "at least 1"),
+        ("top_k", -1, "at least 0"),
         ("repetition_penalty", 0.0, "above 0"),
         ("seed", -1, "from 0"),
+        ("n", 0, "from 1 to 128"),
+        ("stop", [""], "not empty"),
+        ("stop", ["a"] * 17, "at most 16"),
+        ("response_format", {"type": "xml"}, "text, json_object or json_schema"),
+        ("response_format", {"type": "json_schema"}, "json_schema.schema is None"),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}},
+            "not a JSON schema: .*Invalid type: strin",
+        ),
     ],
 )
 def test_a_wrong_parameter_is_named_with_its_limit(
     prompt: Any, parameter: str, value: object, limit: str
 ) -> None:
-    with pytest.raises(MlflowException, match=limit) as error:
+    with pytest.raises(MlflowException, match=f"{parameter}.*{limit}") as error:
         ask(prompt, FRANCE, **{parameter: value})
     assert error.value.error_code == "INVALID_PARAMETER_VALUE"
+    assert "\n" not in str(error.value)
     assert ask(prompt, FRANCE, temperature=0)
 
 
-def test_the_prompt_model_needs_no_torch_and_carries_its_provenance(prompt: Any) -> None:
-    path = mlflow.pyfunc.get_model_dependencies(f"models:/{MODEL}-{TARGET}-prompt@champion")
-    pins = Path(path).read_text().split()
-    names = [pin.split("==")[0] for pin in pins]
-    assert names == ["mlflow", "numpy", "pandas", "onnxruntime-genai"]
-    assert all("==" in pin for pin in pins)
-    provenance = prompt.metadata.metadata["provenance"]
-    assert provenance["checkpoint"]["licence"] == "apache-2.0"
-    assert set(provenance["files"]) >= {"model.onnx", "model.onnx.data"}
+def test_defaults_can_be_changed_at_load(prompt_folder: Path) -> None:
+    settings = {"max_tokens": 3, "stop": [","], "cache_mb": 0, "threads": 1, "context_length": 64}
+    model = mlflow.pyfunc.load_model(str(prompt_folder), model_config=settings)
+    runtime = model.unwrap_python_model().runtime
+    assert len(runtime.tokenizer.encode(model.predict({"prompt": FRANCE})[0])) <= 3
+    assert runtime.threads == 1
+    with pytest.raises(MlflowException, match="the context length is 64"):
+        ask(model, FRANCE, max_tokens=64)
+    with pytest.raises(ValueError, match="max_batch_size is 0; it must be at least 1"):
+        mlflow.pyfunc.load_model(str(prompt_folder), model_config={"max_batch_size": 0})
 
 
-def test_the_prompt_model_holds_no_pickle(packaged: Project) -> None:
-    model = packaged.client.get_logged_model(packaged.made["log_pyfunc"]["model_id"])
-    folder = Path(model.artifact_location.removeprefix("file://"))
-    files = [path.name for path in folder.rglob("*")]
-    assert "prompt.py" in files
-    assert not [name for name in files if name.endswith((".pkl", ".pt", ".bin"))]
+def test_a_changed_file_is_an_error_at_load(prompt_folder: Path) -> None:
+    flavor = mlflow.models.Model.load(str(prompt_folder)).flavors["python_function"]
+    digests = {**flavor["config"]["sha256"], "model.onnx": "0" * 64}
+    with pytest.raises(ValueError, match=r"model.onnx changed since the model was logged"):
+        mlflow.pyfunc.load_model(str(prompt_folder), model_config={"sha256": digests})
 
 
-def test_the_chat_model_answers_with_openais_schema_and_its_own_name(chat: Any) -> None:
-    question = {"role": "user", "content": "What is the capital of France?"}
-    [answer] = chat.predict({"messages": [question], "max_tokens": 8})
+def test_the_logged_models_need_no_torch_and_carry_their_provenance(packaged: Project) -> None:
+    for interface in ("prompt", "chat"):
+        uri = f"models:/{MODEL}-{TARGET}-{interface}@champion"
+        with tracking(packaged):
+            pins = Path(mlflow.pyfunc.get_model_dependencies(uri)).read_text().split()
+            metadata = mlflow.models.get_model_info(uri).metadata
+        assert [pin.split("==")[0] for pin in pins] == ["mlflow", "numpy", "onnxruntime-genai"]
+        assert all("==" in pin for pin in pins)
+        provenance = metadata["provenance"]
+        assert provenance["checkpoint"]["licence"] == "apache-2.0"
+        assert set(provenance["files"]) >= {"model.onnx", "model.onnx.data"}
+
+
+def test_the_logged_models_hold_no_pickle(prompt_folder: Path, chat_folder: Path) -> None:
+    for folder in (prompt_folder, chat_folder):
+        files = [path.name for path in folder.rglob("*")]
+        assert "batch_decoder.py" in files
+        assert not [name for name in files if name.endswith((".pkl", ".pt", ".bin"))]
+
+
+def test_the_models_answer_in_an_environment_of_their_requirements_alone(
+    prompt_folder: Path, chat_folder: Path
+) -> None:
+    folders = [str(prompt_folder), str(chat_folder)]
+    prove_environment(runtime_requirements("onnxruntime-genai"), folders)
+
+
+def test_an_environment_that_cannot_be_made_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="cannot be installed.*no-such-runtime"):
+        prove_environment(["no-such-runtime==0.18.0"], [])
+
+
+def test_the_chat_model_answers_with_openais_schema(chat: Any) -> None:
+    answer = converse(chat, USER[0]["content"])
+    assert answer["object"] == "chat.completion" and answer["model"] == MODEL
+    [choice] = answer["choices"]
+    assert choice["message"]["role"] == "assistant" and "Paris" in choice["message"]["content"]
+    assert choice["finish_reason"] in ("stop", "length")
+    runtime = chat.unwrap_python_model().runtime
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == len(runtime.tokenizer.encode(runtime.render(USER)))
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    columns = {column.name for column in chat.metadata.signature.inputs}
+    assert columns > {"messages", "temperature", "max_tokens", "stop", "n", "top_p", "seed"}
+
+
+def test_a_conversation_has_system_and_assistant_turns(chat: Any) -> None:
+    messages = [
+        {"role": "system", "content": "You answer with one word."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Name a "}, {"type": "text", "text": "fruit."}],
+        },
+        {"role": "assistant", "content": "Banana."},
+        {"role": "user", "content": "Another one, please."},
+    ]
+    answer = chat.predict({"messages": messages, "max_tokens": 8})
+    runtime = chat.unwrap_python_model().runtime
+    plain = [{**messages[0]}, {"role": "user", "content": "Name a fruit."}, *messages[2:]]
+    expected = len(runtime.tokenizer.encode(runtime.render(plain)))
+    assert answer["usage"]["prompt_tokens"] == expected
+
+
+def test_conversations_with_parameters_of_their_own_are_answered_in_order(chat: Any) -> None:
+    contents = ["What is the capital of France?", "Name three colours.", "Hello!"]
+    frame = pd.DataFrame(
+        {
+            "messages": [[{"role": "user", "content": content}] for content in contents],
+            "max_tokens": [12, 5, 12],
+            "temperature": [0.0, 0.0, 0.0],
+        }
+    )
+    answers = chat.predict(frame)
+    for content, limit, answer in zip(contents, (12, 5, 12), answers, strict=True):
+        alone = converse(chat, content, max_tokens=limit)
+        assert answer["choices"] == alone["choices"]
+        assert answer["usage"]["completion_tokens"] <= limit
+
+
+def test_chat_chunks_add_up_to_the_completion(chat: Any) -> None:
+    request = {"messages": USER, "max_tokens": 16, "temperature": 0.9, "seed": 3, "n": 2}
+    chunks = list(chat.predict_stream(request))
+    whole = chat.predict(request)
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    for choice in whole["choices"]:
+        mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
+        assert mine[0]["delta"]["role"] == "assistant"
+        text = "".join(chunk["delta"].get("content", "") for chunk in mine)
+        assert text == choice["message"]["content"]
+        reasons = [chunk["finish_reason"] for chunk in mine]
+        assert reasons == [None] * (len(mine) - 1) + [choice["finish_reason"]]
+    counts = chunks[-1]["usage"]["completion_tokens"], whole["usage"]["completion_tokens"]
+    assert counts[0] == counts[1]
+
+
+def test_log_probabilities_are_those_of_the_tokens(chat: Any) -> None:
+    answer = converse(chat, "Hello!", logprobs=True, top_logprobs=3)
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert len(content) == answer["usage"]["completion_tokens"]
+    for token in content:
+        assert token["logprob"] == token["top_logprobs"][0]["logprob"] <= 0  # greedy
+        assert len(token["top_logprobs"]) == 3
+    text = "".join(token["token"] for token in content)
+    assert answer["choices"][0]["message"]["content"] in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"messages": []}, "messages is []; it must be a list of at least one message"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0].role is 'robot'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content is 5"),
+        ({"messages": [*USER, {"role": "assistant"}]}, "messages[1].content is None"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not text"),
+        ({"top_p": 2.0}, "top_p is 2; it must be a number above 0 and at most 1"),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be an integer of at least 1"),
+        ({"stop": 5}, "stop is 5; it must be a string"),
+        ({"top_logprobs": 2}, "top_logprobs is 2; it needs logprobs: true"),
+        ({"stream": True}, "stream is True; this model does not serve it; use predict_stream"),
+        ({"presence_penalty": 0.5}, "presence_penalty is 0.5; this model does not serve it"),
+    ],
+)
+def test_a_wrong_conversation_is_named_with_its_field(
+    chat: Any, fields: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(MlflowException, match=re.escape(words)) as error:
+        chat.predict({"messages": USER, **fields})
+    assert error.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
+def test_a_json_object_comes_as_asked(chat: Any) -> None:
+    schema = {"type": "object", "properties": {"capital": {"enum": ["Paris", "Rome"]}}}
+    schema |= {"required": ["capital"], "additionalProperties": False}
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = converse(chat, USER[0]["content"], response_format=response_format, max_tokens=40)
+    content = json.loads(answer["choices"][0]["message"]["content"])
+    assert content["capital"] in ("Paris", "Rome")
+
+
+def test_the_checkpoint_answers_with_openais_schema_and_its_own_name(transformers: Any) -> None:
+    [answer] = transformers.predict({"messages": USER, "max_tokens": 8})
     assert answer["model"] == MODEL
     assert answer["object"] == "chat.completion"
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["usage"]["completion_tokens"] <= 8
-    assert chat.metadata.metadata["task"] == "llm/v1/chat"
+    assert transformers.metadata.metadata["task"] == "llm/v1/chat"

@@ -1,6 +1,7 @@
 """Many sequences in one ONNX Runtime call, on the CPU, and the cache of past prompts."""
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,16 @@ import numpy as np
 from flavors.genai.decoder import CAPACITY_STEP, Row, common
 
 PREFILL_CHUNK = 256  # tokens per call; bounds the memory of logits and attention scores
+
+
+@dataclass
+class Bound:
+    """What ONNX Runtime reads and writes for some rows: ids and mask in, logits out."""
+
+    binding: Any
+    ids: np.ndarray
+    mask: np.ndarray
+    logits: np.ndarray
 
 
 class BatchDecoder:
@@ -60,12 +71,12 @@ class BatchDecoder:
         self.rows: list[Row] = []
         self.capacity = 0
         self.arrays: list[np.ndarray] = []
-        self.binding: tuple[Any, ...] = ()
+        self.bound: dict[tuple[int, int], Bound] = {}  # by the first row and their number
         self.prefixes = Prefixes(int(cache_mb * 1e6))
 
     def open(self, prompt: list[int], length: int) -> Row:
         self.reserve(length)
-        row = Row()
+        row = Row(state=len(self.rows))
         end = len(prompt) - 1  # the last token's logits are needed, so it is always computed
         shared, source = max(
             ((common(prompt[:end], other.tokens), other) for other in self.rows),
@@ -73,39 +84,35 @@ class BatchDecoder:
             default=(0, row),
         )
         kept, prefix = self.prefixes.longest(prompt[:end])
-        index = len(self.rows)
         if kept > shared and prefix is not None:
             for array, saved in zip(self.arrays, prefix.arrays, strict=True):
-                array[index, :, :kept] = saved[:, :kept]
+                array[row.state, :, :kept] = saved[:, :kept]
         elif shared:
-            self.copy(self.rows.index(source), index, shared)
+            self.copy(source.state, row.state, shared)
         row.tokens = prompt[: max(kept, shared)]
         self.rows.append(row)
         return row
 
     def extend(self, row: Row, tokens: list[int]) -> np.ndarray:
-        first = len(self.rows) - 1
-        assert self.rows[first] is row
         for chunk in chunks(tokens, PREFILL_CHUNK):
             if len(chunk) == 1 and row.tokens:  # another kernel, which rounds otherwise
                 chunk = [row.tokens.pop(), *chunk]
-            logits = self.run(first, np.array([chunk]), [len(row.tokens) + len(chunk)])[0, -1]
             row.tokens += chunk
-        return logits
+            logits = self.run([row], np.array([chunk]))
+        return logits[0, -1]
 
     def step(self, rows: list[Row], tokens: list[int]) -> np.ndarray:
-        order = [self.rows.index(row) for row in rows]
-        assert sorted(order) == list(range(len(rows)))
-        ids = np.empty((len(rows), 1), np.int64)
-        ids[order, 0] = tokens
         for row, token in zip(rows, tokens, strict=True):
             row.tokens.append(token)
-        lengths = [len(row.tokens) for row in self.rows[: len(rows)]]
-        logits = self.run(0, ids, lengths)[:, -1]
-        return logits if order == sorted(order) else logits[order]
+        first, *others = order = [row.state for row in rows]
+        if others != list(range(first + 1, first + len(rows))):
+            ordered = sorted(rows, key=lambda row: row.state)
+            logits = self.run(ordered, np.array([[row.tokens[-1]] for row in ordered]))
+            return logits[np.array(order) - min(order), -1]
+        return self.run(rows, np.array(tokens).reshape(-1, 1))[:, -1]
 
     def close(self, row: Row, keep: bool = True) -> None:
-        gap, last = self.rows.index(row), len(self.rows) - 1
+        gap, last = row.state, len(self.rows) - 1
         if keep:
             self.prefixes.keep(row.tokens, [array[gap] for array in self.arrays])
         for source in (
@@ -113,63 +120,64 @@ class BatchDecoder:
             last,
         ):  # the last may be in the middle of its prompt: it stays last
             if source > gap:
-                self.copy(source, gap, len(self.rows[source].tokens))
-                self.rows[gap], gap = self.rows[source], source
+                moved = self.rows[source]
+                self.copy(source, gap, len(moved.tokens))
+                self.rows[gap], moved.state, gap = moved, gap, source
         self.rows.pop()
 
     def score(self, tokens: list[int]) -> np.ndarray:
-        row = Row(list(tokens))
         self.reserve(len(tokens))
-        self.rows.append(row)
-        try:
-            return self.run(len(self.rows) - 1, np.array([tokens]), [len(tokens)])[0]
-        finally:
-            self.rows.pop()
+        return self.run([Row(tokens, len(self.rows))], np.array([tokens]))[0]
 
-    def run(self, first: int, ids: np.ndarray, lengths: list[int]) -> np.ndarray:
-        """Append `ids` [rows, tokens] to the rows from `first` on, which then are `lengths` long.
+    def run(self, rows: list[Row], ids: np.ndarray) -> np.ndarray:
+        """Compute `ids` [rows, tokens], the ends of neighbouring rows' tokens.
 
-        Returns logits, float32 [rows, tokens, vocabulary].
+        Returns logits, float32 [rows, tokens, vocabulary], which stay until the next run.
         """
-        count, new = ids.shape
-        key = (first, count, new, self.capacity)
-        if not self.binding or self.binding[0] != key:
-            self.binding = (key, *self.bind(first, count, new))
-        _, binding, own_ids, mask, logits = self.binding
-        own_ids[:] = ids
-        longest = max(lengths)
-        mask = mask[: count * longest].reshape(count, longest)
-        mask[:] = np.arange(longest) < np.array(lengths)[:, np.newaxis]
-        bind_input(binding, self.names["attention_mask"], mask)
+        first, (count, new) = rows[0].state, ids.shape
+        bound = self.bound.get((first, count))
+        if bound is None:
+            bound = self.bound[first, count] = self.bind(first, count)
+        lengths = np.array([[len(row.tokens)] for row in rows])
+        # Single tokens need no exact mask, and none bound anew at every step.
+        width = self.capacity if new == 1 else int(lengths.max())
+        if bound.ids.shape != ids.shape or bound.mask.shape[1] != width:
+            self.bind_tokens(bound, count, new, width)
+        bound.ids[:] = ids
+        bound.mask[:] = np.arange(width) < lengths
         if self.positions:
-            starts = np.array(lengths)[:, np.newaxis] - new
-            binding.bind_cpu_input(self.positions, starts + np.arange(new))
-        self.session.run_with_iobinding(binding)
+            bound.binding.bind_cpu_input(self.positions, lengths - new + np.arange(new))
+        self.session.run_with_iobinding(bound.binding)
+        logits = bound.logits
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)
 
-    def bind(self, first: int, count: int, new: int) -> tuple[Any, ...]:
-        """Bind rows of the caches, in place, and arrays for the ids, mask and logits."""
+    def bind(self, first: int, count: int) -> "Bound":
+        """Bind neighbouring rows of the caches, as inputs and outputs at once."""
         binding = self.session.io_binding()
         for (past, present), array in zip(self.caches, self.arrays, strict=True):
-            rows = array[first : first + count]
-            bind_input(binding, past, rows)
-            bind_output(binding, present, rows)
-        ids = np.empty((count, new), np.int64)
-        bind_input(binding, self.names["input_ids"], ids)
-        logits = np.empty((count, new, self.vocabulary_size), self.logits_type)
-        bind_output(binding, self.logits_name, logits)
-        return binding, ids, np.empty(count * self.capacity, np.int64), logits
+            bind(binding.bind_input, past, array[first : first + count])
+            bind(binding.bind_output, present, array[first : first + count])
+        nothing = np.empty((0, 0))
+        return Bound(binding, nothing, nothing, nothing)
+
+    def bind_tokens(self, bound: "Bound", count: int, new: int, width: int) -> None:
+        bound.ids = np.empty((count, new), np.int64)
+        bound.mask = np.empty((count, width), np.int64)
+        bound.logits = np.empty((count, new, self.vocabulary_size), self.logits_type)
+        bind(bound.binding.bind_input, self.names["input_ids"], bound.ids)
+        bind(bound.binding.bind_input, self.names["attention_mask"], bound.mask)
+        bind(bound.binding.bind_output, self.logits_name, bound.logits)
 
     def reserve(self, length: int) -> None:
         """Make every row hold `length` tokens. Memory is taken up only where a row is used."""
         if self.capacity >= length and (self.rows or self.capacity <= 4 * length + CAPACITY_STEP):
             return
         capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
-        shape = (self.max_rows, self.heads, capacity, self.head_size)
-        self.binding = ()
+        shape = (self.max_rows + 1, self.heads, capacity, self.head_size)  # one more for `score`
+        self.bound = {}
         previous, self.arrays = self.arrays, []
         for _ in self.caches:
-            array = np.zeros(shape, self.cache_type)
+            array = lazy_zeros(shape, self.cache_type)
             old = previous.pop(0) if previous else None
             for index, row in enumerate(self.rows) if old is not None else ():
                 array[index, :, : len(row.tokens)] = old[index, :, : len(row.tokens)]  # type: ignore[index]
@@ -235,9 +243,11 @@ def numpy_type(onnx_type: str) -> type[np.float32] | type[np.float16]:
     return np.float16 if onnx_type == "tensor(float16)" else np.float32
 
 
-def bind_input(binding: Any, name: str, array: np.ndarray) -> None:
-    binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+def lazy_zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    """Zeros that take up memory only where they are written; numpy's may take all at once."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
 
 
-def bind_output(binding: Any, name: str, array: np.ndarray) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+def bind(to: Callable[..., None], name: str, array: np.ndarray) -> None:
+    to(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -58,9 +58,15 @@ class GeneratorDecoder:
         end = len(prompt) - 1
         if self.longrope and length > LONGROPE_SWITCH:
             end = 0
-        fitting = [row for row in self.kept if row.state[1] >= length]
-        best = max(fitting, key=lambda row: common(prompt[:end], row.tokens), default=None)
-        if best is not None and (shared := common(prompt[:end], best.tokens)):
+        fitting = [
+            (shared, row)
+            for row in self.kept
+            # Rewinding loses the rest of what was kept: not for a short beginning.
+            if (shared := common(prompt[:end], row.tokens)) > len(row.tokens) / 2
+            and row.state[1] >= length
+        ]
+        if fitting:
+            shared, best = max(fitting, key=lambda pair: pair[0])
             self.kept.remove(best)
             best.state[0].rewind_to(shared)
             return Row(prompt[:shared], best.state)

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import REQUEST_LIMIT_EXCEEDED
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, REQUEST_LIMIT_EXCEEDED
 from mlflow.pyfunc import PythonModelContext
 
 from flavors.genai.parameters import Parameters
@@ -26,10 +26,15 @@ def open_runtime(context: PythonModelContext) -> Runtime:
 
 @contextmanager
 def mlflow_errors() -> Iterator[None]:
-    """A wrong request is HTTP 400 through MLflow's scoring server, a full queue 429."""
+    """A wrong request is HTTP 400 through MLflow's scoring server, a full queue 429.
+
+    What goes wrong in the runtime is 500.
+    """
     try:
         yield
     except ValueError as error:
         raise MlflowException.invalid_parameter_value(str(error)) from error
     except Busy as error:
         raise MlflowException(str(error), error_code=REQUEST_LIMIT_EXCEEDED) from error
+    except RuntimeError as error:
+        raise MlflowException(str(error), error_code=INTERNAL_ERROR) from error

@@ -5,7 +5,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -129,7 +129,9 @@ class Runtime:
                 sequence.cancelled = True
         return answers
 
-    def stream(self, prompt: str, parameters: Parameters) -> Iterator[tuple[int, str | Completion]]:
+    def stream(
+        self, prompt: str, parameters: Parameters
+    ) -> Generator[tuple[int, str | Completion], None, None]:
         """Answer one prompt in pieces: (choice, piece of text), at the end (choice, Completion).
 
         Closing the iterator ends the answer.

@@ -96,11 +96,19 @@ class Grammar:
         generator.append_tokens([first_token])  # any token: the prompt is not the grammar's affair
 
     def choose(self, scores: np.ndarray) -> int:
-        """The token of the highest score (float32 [vocabulary]) among those that may come next."""
-        self.generator.get_logits()  # none may be set before some were computed
-        self.generator.set_logits(scores[np.newaxis])
-        self.generator.generate_next_token()
-        return int(self.generator.get_next_tokens()[0])
+        """The token of the highest score (float32 [vocabulary]) among those that may come next.
+
+        RuntimeError where none may: onnxruntime-genai 0.18 takes tokens that are a part of a
+        character for U+FFFD, so some characters of several tokens cannot be spelled.
+        """
+        try:
+            self.generator.get_logits()  # none may be set before some were computed
+            self.generator.set_logits(scores[np.newaxis])
+            self.generator.generate_next_token()
+            return int(self.generator.get_next_tokens()[0])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise RuntimeError(f"response_format: no token fits the schema: {reason}") from error
 
 
 def overlap(text: str, stop: str) -> int:

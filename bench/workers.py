@@ -1,0 +1,248 @@
+"""What the benchmark measures, each in a process of its own: `python -m bench.workers <name> …`.
+
+A worker is a generator: it yields once when it is ready, and then the figures of one round each
+time that a line comes on stdin, as JSON on stdout. So several can take turns, round by round, and a
+machine whose speed drifts moves all of them alike. Times are seconds; memory is MB (10^6 bytes).
+"""
+
+import importlib.util
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+Figures = Iterator[dict[str, Any]]
+
+THINGS = "lighthouse market train library garden storm bridge river forest desert city ship school"
+TOPICS = [f"the {thing}" for thing in (*THINGS.split(), "mountain", "bakery", "island")]
+NEW_TOKENS = 128
+
+
+def bare(folder: str, threads: str) -> Figures:
+    """onnxruntime-genai's Generator in a loop, as its examples write it."""
+    start = time.perf_counter()
+    import onnxruntime_genai as og
+
+    config = og.Config(folder)
+    config.clear_providers()
+    options = {"intra_op_num_threads": int(threads)}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    model = og.Model(config)
+    tokenizer = og.Tokenizer(model)
+
+    def answer(new_tokens: int) -> int:
+        messages = json.dumps(question(TOPICS[0]))
+        prompt = tokenizer.encode(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        )
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(prompt) + new_tokens, do_sample=False)
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(prompt)
+        stream, tokens = tokenizer.create_stream(), 0
+        while not generator.is_done():
+            generator.generate_next_token()
+            stream.decode(generator.get_next_tokens()[0])
+            tokens += 1
+        return tokens
+
+    yield from answers(answer, start)
+
+
+def chat(folder: str, threads: str, quiet: str = "") -> Figures:
+    """The chat model through `predict`, without its cache: the bare loop has none."""
+    import mlflow.pyfunc
+
+    start = time.perf_counter()
+    settings = {"cache_mb": 0, "threads": int(threads)}
+    model = mlflow.pyfunc.load_model(folder, bool(quiet), model_config=settings)
+
+    def answer(new_tokens: int) -> int:
+        request = {"messages": question(TOPICS[0]), "max_tokens": new_tokens, "temperature": 0.0}
+        return model.predict(request)["usage"]["completion_tokens"]
+
+    yield from answers(answer, start)
+
+
+def transformers(folder: str) -> Figures:
+    """The checkpoint through MLflow's transformers flavor."""
+    import mlflow.pyfunc
+
+    start = time.perf_counter()
+    model = mlflow.pyfunc.load_model(folder, model_config={"do_sample": False})
+
+    def answer(new_tokens: int) -> int:
+        request = {"messages": question(TOPICS[0]), "max_tokens": new_tokens}
+        return model.predict(request)[0]["usage"]["completion_tokens"]
+
+    yield from answers(answer, start)
+
+
+def llama_cpp(gguf: str, threads: str) -> Figures:
+    """llama-cpp-python on the GGUF of the same checkpoint."""
+    start = time.perf_counter()
+    from llama_cpp import Llama
+
+    model = Llama(gguf, n_threads=int(threads), n_ctx=2048, verbose=False)
+
+    def answer(new_tokens: int) -> int:
+        model.reset()
+        completion = model.create_chat_completion(
+            question(TOPICS[0]), max_tokens=new_tokens, temperature=0.0
+        )
+        return completion["usage"]["completion_tokens"]
+
+    yield from answers(answer, start)
+
+
+def openvino_genai(gguf: str, threads: str) -> Figures:
+    """openvino-genai on the GGUF of the same checkpoint."""
+    start = time.perf_counter()
+    import openvino_genai
+
+    pipeline = openvino_genai.LLMPipeline(gguf, "CPU", INFERENCE_NUM_THREADS=int(threads))
+
+    def answer(new_tokens: int) -> int:
+        prompt = question(TOPICS[0])[0]["content"]
+        result = pipeline.generate([prompt], max_new_tokens=new_tokens, do_sample=False)
+        return result.perf_metrics.get_num_generated_tokens()
+
+    yield from answers(answer, start)
+
+
+def answers(answer: Callable[[int], int], start: float) -> Figures:
+    """Time answers of one token and of many; `answer` takes the number, returns how many came.
+
+    The first figures are those of the load that began at `start`, up to the first token.
+    """
+    answer(1)
+    yield {"load_to_first_token_s": time.perf_counter() - start, "rss_mb": rss_mb()}
+    answer(NEW_TOKENS)
+    while True:
+        answer(1)  # the caches of the CPU are another worker's yet
+        ttft_s = statistics.median(timed(answer, 1)[0] for _ in range(5))
+        seconds, tokens = timed(answer, NEW_TOKENS)
+        yield {"ttft_s": ttft_s, "decode_tokens_per_s": (tokens - 1) / (seconds - ttft_s)}
+
+
+def imports() -> Figures:
+    """What an interpreter takes, and MLflow's pyfunc in it."""
+    alone = rss_mb()
+    import mlflow.pyfunc  # noqa: F401
+
+    yield {"interpreter_rss_mb": alone, "rss_mb": rss_mb()}
+
+
+def rows(folder: str, threads: str) -> Figures:
+    """Tokens per second of one row, and of 16 in one `predict` of the prompt model, cache off."""
+    import mlflow.pyfunc
+    import pandas as pd
+
+    settings = {"cache_mb": 0, "threads": int(threads)}
+    model = mlflow.pyfunc.load_model(folder, model_config=settings)
+    runtime = model.unwrap_python_model().runtime
+
+    def throughput(count: int) -> float:
+        prompts = [runtime.render(question(topic)) for topic in TOPICS[:count]]
+        parameters = {"max_tokens": NEW_TOKENS, "temperature": 0.0}
+        frame = pd.DataFrame({"prompt": prompts})
+        seconds, texts = timed(model.predict, frame, parameters)
+        return sum(len(runtime.tokenizer.encode(text)) for text in texts) / seconds
+
+    throughput(2)
+    yield {}
+    while True:
+        yield {"one_tokens_per_s": throughput(1), "sixteen_tokens_per_s": throughput(16)}
+
+
+def turns(folder: str, threads: str) -> Figures:
+    """Time to first token of a second turn, after one of 1,000 tokens, with and without reuse."""
+    import mlflow.pyfunc
+
+    models = {
+        name: mlflow.pyfunc.load_model(
+            folder, model_config={"cache_mb": cache_mb, "threads": int(threads)}
+        )
+        for name, cache_mb in (("reuse", 1024), ("cold", 0))
+    }
+    tokenizer = models["reuse"].unwrap_python_model().runtime.tokenizer
+
+    def second_turn(name: str, topic: str) -> dict[str, Any]:
+        sentences = [f"Here is a long text about {topic}."]
+        while len(tokenizer.encode(" ".join(sentences))) < 960:
+            sentences.append(f"Sentence {len(sentences)} says more about {topic}.")
+        messages = [{"role": "user", "content": " ".join(sentences)}]
+        request = {"messages": messages, "max_tokens": 32, "temperature": 0.0}
+        first = models[name].predict(request)
+        messages += [first["choices"][0]["message"], {"role": "user", "content": "Go on."}]
+        stream = models[name].predict_stream({**request, "messages": messages})
+        ttft_s, _ = timed(next, stream)
+        *_, last = stream
+        cached = last["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return {f"{name}_ttft_s": ttft_s, f"{name}_cached_tokens": cached}
+
+    for name in models:
+        second_turn(name, "nothing")  # MLflow's first stream imports for a second
+    yield {}
+    for number in range(10**6):
+        topic = f"{TOPICS[number % len(TOPICS)]}, number {number}"
+        yield second_turn("reuse", topic) | second_turn("cold", topic)
+
+
+def clients(url: str) -> Figures:
+    """Tokens per second of chat requests through a scoring server: from one client, and from 16."""
+    numbers = iter(range(10**6))
+
+    def ask(number: int) -> int:
+        topic = f"{TOPICS[number % len(TOPICS)]}, number {number}"
+        body = {"messages": question(topic), "max_tokens": NEW_TOKENS, "temperature": 0}
+        headers = {"Content-Type": "application/json"}
+        with urlopen(Request(url, json.dumps(body).encode(), headers)) as response:
+            return json.load(response)["usage"]["completion_tokens"]
+
+    def throughput(count: int, requests: int) -> float:
+        with ThreadPoolExecutor(count) as pool:
+            batch = [next(numbers) for _ in range(requests)]
+            seconds, tokens = timed(lambda: sum(pool.map(ask, batch)))
+        return tokens / seconds
+
+    throughput(2, 2)
+    yield {}
+    while True:
+        yield {"one_tokens_per_s": throughput(1, 4), "sixteen_tokens_per_s": throughput(16, 32)}
+
+
+def question(topic: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"Write a very long story about {topic}."}]
+
+
+def timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work(*arguments)
+    return time.perf_counter() - start, result
+
+
+def rss_mb() -> float:
+    """Resident memory of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1)) * 1024 / 1e6  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    name, *arguments = sys.argv[1:]
+    if name == "installed":
+        sys.exit(importlib.util.find_spec(arguments[0]) is None)
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not ours
+    for figures in globals()[name](*arguments):
+        print(json.dumps(figures), file=out, flush=True)
+        if not sys.stdin.readline():
+            break

@@ -1,0 +1,321 @@
+"""flavors/genai as it is, without MLflow: decoders, scheduler, sampling, text."""
+
+import gc
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flavors.genai.batch_decoder import BatchDecoder
+from flavors.genai.generator_decoder import GeneratorDecoder
+from flavors.genai.parameters import Parameters
+from flavors.genai.runtime import Runtime, available_cores
+from flavors.genai.sampling import Sampler, candidates
+from flavors.genai.scheduler import Busy, Completion
+from steps.config import ROOT
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write a long story about a lighthouse.",
+    "How many legs has a spider? Explain it to a child, and say why that is so.",
+    "Hello!",
+]
+
+
+@pytest.fixture(scope="module")
+def runtime(onnx: Path) -> Runtime:
+    return Runtime(onnx)
+
+
+@pytest.fixture(scope="module")
+def prompts(runtime: Runtime) -> list[str]:
+    return [runtime.render([{"role": "user", "content": text}]) for text in QUESTIONS]
+
+
+def texts(answers: list[list[Completion]]) -> list[str]:
+    return [completion.text for completions in answers for completion in completions]
+
+
+def test_a_batch_answers_each_prompt_as_it_is_answered_alone(
+    onnx: Path, prompts: list[str]
+) -> None:
+    parameters = Parameters(max_tokens=24)
+    together = texts(Runtime(onnx, cache_mb=0).answer(prompts, parameters))
+    alone = Runtime(onnx, cache_mb=0)
+    assert together == [texts(alone.answer([prompt], parameters))[0] for prompt in prompts]
+    assert "Paris" in together[0]
+
+
+def test_more_prompts_than_rows_and_long_ones_among_them(onnx: Path, prompts: list[str]) -> None:
+    small = Runtime(onnx, max_batch_size=2)
+    long = "The cat sat on the mat. " * 120  # more tokens than one piece of prefill
+    batch = [*prompts, long, *prompts]
+    answers = small.answer(batch, Parameters(max_tokens=12))
+    alone = [texts(small.answer([prompt], Parameters(max_tokens=12)))[0] for prompt in batch]
+    assert texts(answers) == alone
+    assert answers[5][0].prompt_tokens > 700
+
+
+def test_the_generators_of_onnxruntime_genai_agree_with_the_batch(
+    onnx: Path, runtime: Runtime, prompts: list[str]
+) -> None:
+    config = json.loads((onnx / "genai_config.json").read_text())
+    batch = BatchDecoder(onnx, config, 2, 4, 0)
+    single = GeneratorDecoder(onnx, config, "cpu", 2, 64)
+    for prompt in prompts[:2] * 2:  # the second time from what the Generator kept
+        tokens = runtime.tokenizer.encode(prompt)
+        rows = [(decoder, decoder.open(tokens, len(tokens) + 9)) for decoder in (batch, single)]
+        left, right = (decoder.extend(row, tokens[len(row.tokens) :]) for decoder, row in rows)
+        for _ in range(8):
+            assert left.argmax() == right.argmax()
+            token = int(left.argmax())
+            left, right = (decoder.step([row], [token])[0] for decoder, row in rows)
+        for decoder, row in rows:
+            decoder.close(row)
+    assert single.kept
+    scores = batch.score(tokens), single.score(tokens)
+    np.testing.assert_allclose(*scores, atol=1e-3)
+
+
+def test_a_prompt_out_of_the_cache_gives_the_same_answer(onnx: Path, prompts: list[str]) -> None:
+    runtime = Runtime(onnx)
+    parameters = Parameters(max_tokens=24, temperature=0.8, seed=5)
+    [[first]], [[second]] = (runtime.answer(prompts[:1], parameters) for _ in range(2))
+    assert first.cached_tokens == 0
+    assert second.cached_tokens == second.prompt_tokens - 1
+    assert first.text == second.text
+
+
+def test_a_second_turn_computes_only_what_is_new(onnx: Path) -> None:
+    runtime = Runtime(onnx)
+    messages = [{"role": "user", "content": "Here are my notes. " + "I like tea. " * 60}]
+    [[first]] = runtime.answer([runtime.render(messages)], Parameters(max_tokens=16))
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "So?"}]
+    [[second]] = runtime.answer([runtime.render(messages)], Parameters(max_tokens=4))
+    assert second.cached_tokens >= first.prompt_tokens
+
+
+def test_the_cache_keeps_to_its_budget(onnx: Path, prompts: list[str]) -> None:
+    runtime = Runtime(onnx, cache_mb=3)  # some 65 tokens of this model
+    runtime.answer(prompts, Parameters(max_tokens=16))
+    wait_for_idle(runtime)
+    decoder = runtime.scheduler.decoder
+    assert isinstance(decoder, BatchDecoder)
+    kept = [array.nbytes for prefix in decoder.prefixes.kept for array in prefix.arrays]
+    assert 0 < sum(kept) == decoder.prefixes.size <= 3e6
+    assert not decoder.rows
+
+
+def test_n_answers_share_their_prompt_and_differ(runtime: Runtime, prompts: list[str]) -> None:
+    parameters = Parameters(max_tokens=16, n=3, temperature=1.2, seed=1)
+    [answers] = runtime.answer(prompts[2:3], parameters)
+    assert len({answer.text for answer in answers}) == 3
+    assert answers[2].cached_tokens == answers[2].prompt_tokens - 1
+    assert texts([answers]) == texts(runtime.answer(prompts[2:3], parameters))
+
+
+def test_a_stream_is_the_answer_token_for_token(runtime: Runtime, prompts: list[str]) -> None:
+    for parameters in (
+        Parameters(max_tokens=40),
+        Parameters(max_tokens=40, temperature=1.0, seed=7, stop=("the", " a")),
+    ):
+        *pieces, last = [event for _, event in runtime.stream(prompts[2], parameters)]
+        [[whole]] = runtime.answer(prompts[2:3], parameters)
+        assert "".join(map(str, pieces)) == whole.text
+        assert isinstance(last, Completion) and last.completion_tokens == whole.completion_tokens
+        assert not any(stop in whole.text for stop in parameters.stop)
+    assert len(pieces) > 1
+
+
+def test_a_stop_string_is_never_leaked_across_pieces(runtime: Runtime, prompts: list[str]) -> None:
+    [[whole]] = runtime.answer(prompts[2:3], Parameters(max_tokens=40))
+    stop = whole.text[25:45]  # spans several tokens, and begins within one
+    parameters = Parameters(max_tokens=40, stop=("never comes", stop))
+    *pieces, last = [event for _, event in runtime.stream(prompts[2], parameters)]
+    assert "".join(map(str, pieces)) == whole.text[: whole.text.index(stop)]
+    assert isinstance(last, Completion) and last.finish_reason == "stop"
+
+
+def test_characters_of_several_tokens_come_whole(
+    runtime: Runtime, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "🎉👩‍👩‍👧 你好世界 naïve ก็"
+    tokens = runtime.tokenizer.encode(text)
+    assert len(tokens) > 2 * len(text.split())
+    for count in range(1, len(tokens) + 1):  # also where the answer ends within a character
+        said = iter(tokens)
+        monkeypatch.setattr(Sampler, "choose", lambda self, logits, said=said: next(said))
+        events = [event for _, event in runtime.stream(prompts[0], Parameters(max_tokens=count))]
+        *pieces, last = events
+        assert isinstance(last, Completion)
+        assert last.text == "".join(map(str, pieces))
+        assert "\ufffd" not in last.text and text.startswith(last.text)
+    assert last.text == text
+
+
+def test_a_json_schema_is_kept_also_when_sampling(runtime: Runtime, prompts: list[str]) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer"}},
+        "required": ["city", "people"],
+        "additionalProperties": False,
+    }
+    parameters = Parameters(max_tokens=120, temperature=1.0, seed=2, n=3, schema=json.dumps(schema))
+    [answers] = runtime.answer(prompts[:1], parameters)
+    for answer in answers:
+        assert answer.finish_reason == "stop"
+        assert json.loads(answer.text).keys() == {"city", "people"}
+
+
+def test_an_abandoned_stream_frees_its_row(runtime: Runtime, prompts: list[str]) -> None:
+    stream = runtime.stream(prompts[2], Parameters(max_tokens=2000))
+    next(stream)
+    assert len(runtime.scheduler.decoder.rows) == 1  # type: ignore[attr-defined]
+    del stream
+    gc.collect()
+    wait_for_idle(runtime)
+    assert not runtime.scheduler.decoder.rows  # type: ignore[attr-defined]
+
+
+def test_a_full_queue_says_busy_and_recovers(onnx: Path, prompts: list[str]) -> None:
+    runtime = Runtime(onnx, max_batch_size=1, max_queue_size=1)
+    streams = [runtime.stream(prompt, Parameters(max_tokens=2000)) for prompt in prompts[:2]]
+    next(streams[0])
+    waiting = threading.Thread(target=lambda: next(streams[1]))
+    waiting.start()
+    while not runtime.scheduler.waiting:
+        time.sleep(0.01)
+    with pytest.raises(Busy, match="max_queue_size allows 1"):
+        runtime.answer(prompts[:1], Parameters(max_tokens=1))
+    streams[0].close()
+    waiting.join()
+    streams[1].close()
+    assert texts(runtime.answer(prompts[:1], Parameters(max_tokens=4)))
+
+
+def test_an_error_while_computing_reaches_its_callers_and_nobody_else(
+    onnx: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(onnx)
+    step = runtime.scheduler.decoder.step
+
+    def fail(*arguments: object) -> np.ndarray:
+        monkeypatch.setattr(runtime.scheduler.decoder, "step", step)
+        raise RuntimeError("out of memory")
+
+    expected = texts(runtime.answer(prompts[:1], Parameters(max_tokens=8)))
+    monkeypatch.setattr(runtime.scheduler.decoder, "step", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runtime.answer(prompts[:1], Parameters(max_tokens=8))
+    assert texts(runtime.answer(prompts[:1], Parameters(max_tokens=8))) == expected
+
+
+def test_threads_get_their_own_answers(runtime: Runtime, prompts: list[str]) -> None:
+    parameters = [Parameters(max_tokens=10 + 3 * i, temperature=0.7, seed=i) for i in range(4)]
+    jobs = [(prompt, chosen) for prompt in prompts for chosen in parameters]
+
+    def ask(job: tuple[str, Parameters]) -> str:
+        return texts(runtime.answer([job[0]], job[1]))[0]
+
+    alone = [ask(job) for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        assert list(pool.map(ask, jobs)) == alone
+
+
+def answer_in_child(runtime: Runtime, prompt: str, queue: "multiprocessing.Queue[str]") -> None:
+    queue.put(texts(runtime.answer([prompt], Parameters(max_tokens=8)))[0])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_another_process_loads_for_itself(
+    runtime: Runtime, prompts: list[str], method: str
+) -> None:
+    expected = texts(runtime.answer(prompts[:1], Parameters(max_tokens=8)))[0]
+    context = multiprocessing.get_context(method)  # type: ignore[call-overload]
+    queue = context.Queue()
+    child = context.Process(target=answer_in_child, args=(runtime, prompts[0], queue))
+    child.start()
+    assert queue.get(timeout=120) == expected
+    child.join()
+    assert child.exitcode == 0
+
+
+def test_a_pickle_holds_no_weights(runtime: Runtime, prompts: list[str]) -> None:
+    pickled = pickle.dumps(runtime)
+    assert len(pickled) < 20_000
+    again = pickle.loads(pickled)
+    question = prompts[:1], Parameters(max_tokens=4)
+    assert texts(again.answer(*question)) == texts(runtime.answer(*question))
+
+
+def test_a_flipped_byte_is_refused(onnx: Path, tmp_path: Path) -> None:
+    digests = json.loads((onnx / "provenance.json").read_text())["files"]
+    copy = shutil.copytree(onnx, tmp_path / "onnx")
+    Runtime(copy, sha256=digests)
+    weights = copy / "model.onnx.data"
+    with weights.open("r+b") as file:
+        file.seek(weights.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(ValueError, match=r"model.onnx.data changed since the model was logged"):
+        Runtime(copy, sha256=digests)
+
+
+def test_threads_are_the_cores_that_the_process_may_use() -> None:
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+    code += "from flavors.genai.runtime import available_cores; print(available_cores())"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.strip() == "1"
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)
+
+
+def test_telemetry_is_off_before_the_runtime_is_imported() -> None:
+    code = "import flavors.genai, os, sys; assert 'onnxruntime_genai' not in sys.modules; "
+    code += "print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert process.stdout.strip() == "1", process.stderr
+
+
+def test_candidates_are_the_nucleus_of_the_best() -> None:
+    scores = np.log(np.array([0.5, 0.25, 0.15, 0.06, 0.04], np.float32))
+    assert set(candidates(scores, 0, 1.0)) == {0, 1, 2, 3, 4}
+    assert set(candidates(scores, 2, 1.0)) == {0, 1}
+    assert list(candidates(scores, 0, 0.7)) == [0, 1]
+    assert list(candidates(scores, 2, 0.6)) == [0]  # two thirds of what top_k leaves
+    assert list(candidates(scores, 0, 0.01)) == [0]
+
+
+def test_sampling_follows_the_models_probabilities(runtime: Runtime) -> None:
+    parameters = Parameters(max_tokens=1, temperature=1.0, n=128, logprobs=True, top_logprobs=1)
+    answers = [a for seed in range(4) for a in sample(runtime, parameters, seed)]
+    [(token, logprob)] = answers[0].logprobs[0][2]
+    share = np.mean([answer.logprobs[0][0] == token for answer in answers])
+    assert abs(share - np.exp(logprob)) < 0.1  # 4.5 standard deviations at most
+
+
+def sample(runtime: Runtime, parameters: Parameters, seed: int) -> Iterator[Completion]:
+    from dataclasses import replace
+
+    [answers] = runtime.answer(["The capital of France is"], replace(parameters, seed=seed))
+    yield from answers
+
+
+def wait_for_idle(runtime: Runtime) -> None:
+    while runtime.scheduler.working:
+        time.sleep(0.01)
