@@ -160,11 +160,15 @@ def chat_signature() -> tuple[ModelSignature, Any]:
         ]
     )
     columns: list[Any] = [ColSpec(Array(message), "messages")]
-    columns += [c for c in CHAT_MODEL_INPUT_SCHEMA if c.name not in ("messages", "stop")]
+    for column in CHAT_MODEL_INPUT_SCHEMA:
+        if column.type == DataType.double:  # MLflow refuses whole numbers there, 2 for 2.0
+            columns.append(ColSpec(AnyType(), column.name, required=False))
+        elif column.name not in ("messages", "stop"):
+            columns.append(column)
     columns += [
         ColSpec(AnyType(), "stop", required=False),  # a string, or a list of them
         ColSpec(DataType.long, "seed", required=False),
-        ColSpec(DataType.double, "repetition_penalty", required=False),
+        ColSpec(AnyType(), "repetition_penalty", required=False),
         ColSpec(AnyType(), "response_format", required=False),
         ColSpec(DataType.boolean, "logprobs", required=False),
         ColSpec(DataType.long, "top_logprobs", required=False),

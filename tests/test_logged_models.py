@@ -123,7 +123,7 @@ def test_defaults_can_be_changed_at_load(prompt_folder: Path) -> None:
 
 
 def test_a_changed_file_is_an_error_at_load(prompt_folder: Path) -> None:
-    flavor = mlflow.models.Model.load(str(prompt_folder)).flavors["python_function"]
+    flavor: Any = mlflow.models.Model.load(str(prompt_folder)).flavors["python_function"]
     digests = {**flavor["config"]["sha256"], "model.onnx": "0" * 64}
     with pytest.raises(ValueError, match=r"model.onnx changed since the model was logged"):
         mlflow.pyfunc.load_model(str(prompt_folder), model_config={"sha256": digests})
@@ -176,18 +176,16 @@ def test_the_chat_model_answers_with_openais_schema(chat: Any) -> None:
 
 
 def test_a_conversation_has_system_and_assistant_turns(chat: Any) -> None:
-    messages = [
+    parts = [{"type": "text", "text": "Name a "}, {"type": "text", "text": "fruit."}]
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "You answer with one word."},
-        {
-            "role": "user",
-            "content": [{"type": "text", "text": "Name a "}, {"type": "text", "text": "fruit."}],
-        },
+        {"role": "user", "content": parts},
         {"role": "assistant", "content": "Banana."},
         {"role": "user", "content": "Another one, please."},
     ]
     answer = chat.predict({"messages": messages, "max_tokens": 8})
     runtime = chat.unwrap_python_model().runtime
-    plain = [{**messages[0]}, {"role": "user", "content": "Name a fruit."}, *messages[2:]]
+    plain = [messages[0], {"role": "user", "content": "Name a fruit."}, *messages[2:]]
     expected = len(runtime.tokenizer.encode(runtime.render(plain)))
     assert answer["usage"]["prompt_tokens"] == expected
 
@@ -261,8 +259,12 @@ def test_a_wrong_conversation_is_named_with_its_field(
 
 
 def test_a_json_object_comes_as_asked(chat: Any) -> None:
-    schema = {"type": "object", "properties": {"capital": {"enum": ["Paris", "Rome"]}}}
-    schema |= {"required": ["capital"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"capital": {"enum": ["Paris", "Rome"]}},
+        "required": ["capital"],
+        "additionalProperties": False,
+    }
     response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     answer = converse(chat, USER[0]["content"], response_format=response_format, max_tokens=40)
     content = json.loads(answer["choices"][0]["message"]["content"])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,10 +160,10 @@ def test_characters_of_several_tokens_come_whole(
         monkeypatch.setattr(Sampler, "choose", lambda self, logits, said=said: next(said))
         events = [event for _, event in runtime.stream(prompts[0], Parameters(max_tokens=count))]
         *pieces, last = events
-        assert isinstance(last, Completion)
-        assert last.text == "".join(map(str, pieces))
-        assert "\ufffd" not in last.text and text.startswith(last.text)
-    assert last.text == text
+        said_text = "".join(map(str, pieces))
+        assert isinstance(last, Completion) and last.text == said_text
+        assert "\ufffd" not in said_text and text.startswith(said_text)
+    assert said_text == text
 
 
 def test_a_json_schema_is_kept_also_when_sampling(runtime: Runtime, prompts: list[str]) -> None:
@@ -243,7 +244,7 @@ def test_another_process_loads_for_itself(
     runtime: Runtime, prompts: list[str], method: str
 ) -> None:
     expected = texts(runtime.answer(prompts[:1], Parameters(max_tokens=8)))[0]
-    context = multiprocessing.get_context(method)  # type: ignore[call-overload]
+    context: Any = multiprocessing.get_context(method)
     queue = context.Queue()
     child = context.Process(target=answer_in_child, args=(runtime, prompts[0], queue))
     child.start()

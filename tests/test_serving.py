@@ -63,11 +63,11 @@ class Server:
 
     def post(self, body: dict[str, Any]) -> tuple[int, Any]:
         """The status and the JSON of an answer."""
-        url, headers = (
+        request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/invocations",
+            json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=120) as response:
                 return response.status, json.load(response)

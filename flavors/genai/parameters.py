@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 MAX_STOP = 16
+# Small models fill free whitespace without end; llguidance reads this out of a schema.
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def json_schema(response_format: Any) -> str | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return '{"type": "object"}'
+        return json.dumps({"type": "object", "x-guidance": JSON_STYLE})
     if kind != "json_schema":
         raise ValueError(
             f"response_format is {response_format!r}; its type must be text, json_object or "
@@ -105,4 +107,4 @@ def json_schema(response_format: Any) -> str | None:
         raise ValueError(
             f"response_format.json_schema.schema is {schema!r}; it must be a JSON schema"
         )
-    return json.dumps(schema)
+    return json.dumps({"x-guidance": JSON_STYLE, **schema})
