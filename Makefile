@@ -1,10 +1,10 @@
-# make run, make test: each sets up .venv from requirements.txt first, and anew whenever that file changes.
+# make run, make test, make bench: each sets up .venv from requirements.txt first, and anew whenever that file changes.
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PYTHON := $(shell command -v python3.11 || command -v python3)
 READY := $(VENV)/.ready-$(shell cksum < requirements.txt | cut -d' ' -f1)
 
-.PHONY: run test lint format clean
+.PHONY: run test lint format bench clean
 
 run: $(READY)  ## package the default model for the default target
 	PATH="$(BIN):$$PATH" mlflow run . --env-manager local
@@ -26,6 +26,9 @@ $(READY): requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	"$(BIN)/pip" install --disable-pip-version-check -r requirements.txt
 	touch $@
+
+bench: run  ## the packaged models against a bare loop, the checkpoint and peers
+	"$(BIN)/python" -m bench
 
 clean:  ## the outcomes of steps; MLflow's own store stays
 	rm -rf work

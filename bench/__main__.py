@@ -29,7 +29,7 @@ import mlflow
 from rich.console import Console
 from rich.table import Table
 
-from flavors.genai.runtime import available_cores
+from flavors.genai.cores import available_cores
 from steps.config import ROOT
 from steps.step import require_tracking_server, versions
 
@@ -75,7 +75,7 @@ def bench(
     arguments: argparse.Namespace, chat: str, prompt: str, transformers: str
 ) -> dict[str, Rounds]:
     """Every round of every worker, by group."""
-    rounds, threads = arguments.rounds, arguments.threads
+    rounds, threads = arguments.rounds, available_cores()
     onnx = str(next(Path(chat).glob("artifacts/*")))
     peers: dict[str, Any] = {
         name: (name, arguments.gguf, threads)
@@ -86,8 +86,8 @@ def bench(
     report("load to first token, and resident memory")
     loads = {
         "bare": ("bare", onnx, threads),
-        "chat": ("chat", chat, threads),
-        "chat, suppress_warnings": ("chat", chat, threads, "quiet"),
+        "chat": ("chat", chat),
+        "chat, suppress_warnings": ("chat", chat, "quiet"),
         "import mlflow.pyfunc": ("imports",),
     }
     results["load"] = {name: [] for name in loads}
@@ -98,15 +98,15 @@ def bench(
     report("decode, and time to first token")
     workers = {
         "bare": Worker("bare", onnx, threads),
-        "chat": Worker("chat", chat, threads),
+        "chat": Worker("chat", chat),
         "transformers": Worker("transformers", transformers),
     }
     workers |= {name: Worker(*peer, python=arguments.peers_python) for name, peer in peers.items()}
     results["decode"] = take_turns(workers, rounds)
     report("16 rows in one predict")
-    results["rows"] = take_turns({"prompt": Worker("rows", prompt, threads)}, rounds)
+    results["rows"] = take_turns({"prompt": Worker("rows", prompt)}, rounds)
     report("the second turn of a conversation")
-    results["turns"] = take_turns({"chat": Worker("turns", chat, threads)}, rounds)
+    results["turns"] = take_turns({"chat": Worker("turns", chat)}, rounds)
     report("16 clients of a scoring server")
     with Server(chat) as url:
         results["clients"] = take_turns({"chat": Worker("clients", url)}, rounds)
@@ -261,7 +261,6 @@ def main() -> None:
     parser.add_argument("--target", default="cpu-int4-rtn-block-32-acc-level-4")
     parser.add_argument("--alias", default="champion")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--out", type=Path, default=ROOT / "work" / "bench.json")
     parser.add_argument("--gguf", help="the checkpoint as GGUF, for the peers")
     parser.add_argument("--peers-python", default=sys.executable, help="where peers are installed")

@@ -58,13 +58,12 @@ def bare(folder: str, threads: str) -> Figures:
     yield from answers(answer, start)
 
 
-def chat(folder: str, threads: str, quiet: str = "") -> Figures:
+def chat(folder: str, quiet: str = "") -> Figures:
     """The chat model through `predict`, without its cache: the bare loop has none."""
     import mlflow.pyfunc
 
     start = time.perf_counter()
-    settings = {"cache_mb": 0, "threads": int(threads)}
-    model = mlflow.pyfunc.load_model(folder, bool(quiet), model_config=settings)
+    model = mlflow.pyfunc.load_model(folder, bool(quiet), model_config={"cache_mb": 0})
 
     def answer(new_tokens: int) -> int:
         request = {"messages": question(TOPICS[0]), "max_tokens": new_tokens, "temperature": 0.0}
@@ -142,13 +141,12 @@ def imports() -> Figures:
     yield {"interpreter_rss_mb": alone, "rss_mb": rss_mb()}
 
 
-def rows(folder: str, threads: str) -> Figures:
+def rows(folder: str) -> Figures:
     """Tokens per second of one row, and of 16 in one `predict` of the prompt model, cache off."""
     import mlflow.pyfunc
     import pandas as pd
 
-    settings = {"cache_mb": 0, "threads": int(threads)}
-    model = mlflow.pyfunc.load_model(folder, model_config=settings)
+    model = mlflow.pyfunc.load_model(folder, model_config={"cache_mb": 0})
     runtime = model.unwrap_python_model().runtime
 
     def throughput(count: int) -> float:
@@ -164,14 +162,12 @@ def rows(folder: str, threads: str) -> Figures:
         yield {"one_tokens_per_s": throughput(1), "sixteen_tokens_per_s": throughput(16)}
 
 
-def turns(folder: str, threads: str) -> Figures:
+def turns(folder: str) -> Figures:
     """Time to first token of a second turn, after one of 1,000 tokens, with and without reuse."""
     import mlflow.pyfunc
 
     models = {
-        name: mlflow.pyfunc.load_model(
-            folder, model_config={"cache_mb": cache_mb, "threads": int(threads)}
-        )
+        name: mlflow.pyfunc.load_model(folder, model_config={"cache_mb": cache_mb})
         for name, cache_mb in (("reuse", 1024), ("cold", 0))
     }
     tokenizer = models["reuse"].unwrap_python_model().runtime.tokenizer

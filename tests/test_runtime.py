@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 from flavors.genai.batch_decoder import BatchDecoder
+from flavors.genai.cores import available_cores
 from flavors.genai.generator_decoder import GeneratorDecoder
 from flavors.genai.parameters import Parameters
-from flavors.genai.runtime import Runtime, available_cores
+from flavors.genai.runtime import Runtime
 from flavors.genai.sampling import Sampler, candidates
 from flavors.genai.scheduler import Busy, Completion
 from steps.config import ROOT
@@ -277,7 +278,7 @@ def test_a_flipped_byte_is_refused(onnx: Path, tmp_path: Path) -> None:
 
 def test_threads_are_the_cores_that_the_process_may_use() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
-    code += "from flavors.genai.runtime import available_cores; print(available_cores())"
+    code += "from flavors.genai.cores import available_cores; print(available_cores())"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert process.stdout.strip() == "1"
     assert 1 <= available_cores() <= (os.cpu_count() or 1)

@@ -46,6 +46,8 @@ class BatchDecoder:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # Longer than from one token to the next, short enough to leave the cores to others.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
         path = str(folder / decoder["filename"])
         try:
             self.session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])

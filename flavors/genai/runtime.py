@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from flavors.genai.batch_decoder import BatchDecoder
+from flavors.genai.cores import Turn, available_cores
 from flavors.genai.decoder import Decoder, has_longrope
 from flavors.genai.generator_decoder import GeneratorDecoder
 from flavors.genai.parameters import Parameters
@@ -26,11 +28,11 @@ class Runtime:
     """An ONNX folder, loaded: what the model builder wrote, and how to serve it.
 
     `execution_provider` is one of cpu, cuda, dml, webgpu; `threads` the number of intra-op threads,
-    by default the cores that this process may use. `max_batch_size` sequences are answered at once,
-    `max_queue_size` more may wait. `cache_mb` (10^6 bytes) bounds the keys and values kept of past
-    prompts. `context_length` may lower the model's, in tokens. `sha256` holds digests that files of
-    the folder must have. `defaults` are Parameters by name, where they differ from the checkpoint's
-    generation_config.
+    by default the cores that this process may use, where models then take turns. `max_batch_size`
+    sequences are answered at once, `max_queue_size` more may wait. `cache_mb` (10^6 bytes) bounds
+    the keys and values kept of past prompts. `context_length` may lower the model's, in tokens.
+    `sha256` holds digests that files of the folder must have. `defaults` are Parameters by name,
+    where they differ from the checkpoint's generation_config.
 
     It is safe to pickle, and to use after a fork: the process that gets it loads anew.
     """
@@ -57,7 +59,7 @@ class Runtime:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.folder, self.execution_provider = Path(folder), execution_provider
-        self.threads, self.cache_mb = threads or available_cores(), cache_mb
+        self.threads, self.cache_mb = threads, cache_mb
         self.max_batch_size, self.max_queue_size = max_batch_size, max_queue_size
         self.sha256 = sha256 or {}
         self.genai_config = json.loads((self.folder / "genai_config.json").read_text())
@@ -80,16 +82,14 @@ class Runtime:
                 raise
             checked.result()
             self.tokenizer = tokenizer.result()
-        self.scheduler = Scheduler(decoder, self.max_batch_size, self.max_queue_size)
+        turn = Turn() if self.threads is None and self.execution_provider == "cpu" else nullcontext
+        self.scheduler = Scheduler(decoder, self.max_batch_size, self.max_queue_size, turn)
 
     def open_decoder(self) -> Decoder:
+        model, threads = (self.folder, self.genai_config), self.threads or available_cores()
         if self.execution_provider == "cpu" and not has_longrope(self.genai_config):
-            return BatchDecoder(
-                self.folder, self.genai_config, self.threads, self.max_batch_size, self.cache_mb
-            )
-        return GeneratorDecoder(
-            self.folder, self.genai_config, self.execution_provider, self.threads, self.cache_mb
-        )
+            return BatchDecoder(*model, threads, self.max_batch_size, self.cache_mb)
+        return GeneratorDecoder(*model, self.execution_provider, threads, self.cache_mb)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = self.__dict__.copy()
@@ -213,19 +213,3 @@ def require_digests(folder: Path, sha256: dict[str, str]) -> None:
                 f"{folder / name} changed since the model was logged: its SHA-256 is {found}, "
                 f"expected {expected}. Do not use it: download the model again."
             )
-
-
-def available_cores() -> int:
-    """The cores that this process may use: its affinity, capped by the CPU quota of its cgroup.
-
-    OMP_NUM_THREADS caps them further; Spark sets it to the cores of a task.
-    """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()  # cgroup v2
-        cores = min(cores, int(quota) // int(period))
-    except (OSError, ValueError):
-        pass
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(cores, int(limit)) if limit.isdigit() else cores)

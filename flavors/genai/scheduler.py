@@ -6,7 +6,8 @@ that is being answered. A sequence joins when there is room, and leaves when it 
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -103,13 +104,20 @@ class Scheduler:
     Its thread lives while there is work, so that an idle model can be forked and forgotten.
     """
 
-    def __init__(self, decoder: Decoder, max_batch_size: int, max_queue_size: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_batch_size: int,
+        max_queue_size: int,
+        turn: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         self.decoder = decoder
         self.max_batch_size, self.max_queue_size = max_batch_size, max_queue_size
         self.lock = threading.Lock()  # guards `waiting` and `working`
         self.waiting: deque[Sequence] = deque()
         self.working = False
         self.computing = threading.Lock()  # held while the decoder computes
+        self.turn = turn  # taken while it computes, on cores that other models use too
         self.active: list[tuple[Sequence, int]] = []  # each with the token to compute next
         self.reading: Sequence | None = None  # its prompt is partly computed
 
@@ -135,7 +143,7 @@ class Scheduler:
                 if not (self.waiting or self.reading or self.active):
                     self.working = False
                     return
-            with self.computing:
+            with self.computing, self.turn():
                 try:
                     self.drop_cancelled()
                     self.read_prompts()
