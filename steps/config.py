@@ -155,7 +155,7 @@ class Paths:
 class Config:
     """Everything that a step may read. `source`, `candidate` and `reference` are URIs.
 
-    `candidate` may be several, with commas between: the interfaces of one ONNX model.
+    `candidate` may be several, with + between: the interfaces of one ONNX model.
     """
 
     model: Model = field(default_factory=Model)

@@ -2,9 +2,9 @@
 
     python -m steps.evaluate candidate=models:/m-… reference=models:/m-… evaluate=full
 
-Of an ONNX model logged with several interfaces, `candidate` is their URIs with commas between: one
-is measured, the chat interface if it is there, and the verdict is that of their common weights.
-Each model is loaded by its URI in a process of its own (steps/measure.py). The verdict is `passed`,
+Of an ONNX model logged with several interfaces, `candidate` is their URIs with + between: one is
+measured, the chat interface if it is there, and the verdict is that of their common weights. Each
+model is loaded by its URI in a process of its own (steps/measure.py). The verdict is `passed`,
 `failed` (a gate was not kept) or `not_evaluated` (this machine lacks the candidate's execution
 provider).
 """
@@ -181,7 +181,7 @@ def interfaces_of(uris: list[str]) -> list[str]:
     metadata = {uri: info.metadata or {} for uri, info in infos.items()}
     first, *others = (facts.get("provenance") for facts in metadata.values())
     if any(provenance != first for provenance in others):
-        raise ValueError(f"candidate={','.join(uris)}: these are not of the same ONNX model.")
+        raise ValueError(f"candidate={'+'.join(uris)}: these are not of the same ONNX model.")
     return sorted(metadata, key=lambda uri: metadata[uri].get("interface") != "chat")
 
 
@@ -247,7 +247,7 @@ def main(config: Config) -> Evaluation:
                 f"{parameter} is missing: pass the URI that {made_by} ended with, "
                 f"as {parameter}=<uri>."
             )
-    candidates = interfaces_of(str(config.candidate).split(","))
+    candidates = interfaces_of(str(config.candidate).split("+"))
     reference = logged_model_uri(str(config.reference))
     data = [
         ROOT / Path(path).expanduser() for path in (config.evaluate.texts, config.evaluate.prompts)

@@ -38,7 +38,7 @@ class LoggedPyfunc:
     """The logged models of one ONNX folder, as dicts of interface, model_id, name and content.
 
     `content` is the digest of the weights, code, environment and settings of one; `uri` holds the
-    models' URIs with commas between.
+    models' URIs with + between.
     """
 
     uri: str
@@ -62,7 +62,7 @@ def log_pyfunc(onnx: Path, provenance: dict[str, Any], config: Config) -> Logged
     uris = [f"models:/{model['model_id']}" for model in models]
     if config.log_pyfunc.prove_environment and tried_here:
         prove_environment(requirements, uris)
-    return LoggedPyfunc(",".join(uris), models, size_mb(onnx))
+    return LoggedPyfunc("+".join(uris), models, size_mb(onnx))
 
 
 def log_interface(

@@ -19,10 +19,12 @@ def test_both_logged_models_bear_their_metrics(packaged: Project) -> None:
         ("log_pyfunc", FIDELITY | SPEED | COST),
         ("log_transformers", {"perplexity"} | SPEED | COST),
     ):
-        model = packaged.client.get_logged_model(packaged.made[step]["model_id"])
-        metrics = {metric.key: metric.value for metric in model.metrics or []}
-        assert names <= metrics.keys()
-        assert all(math.isfinite(value) and value > 0 for value in metrics.values())
+        made = packaged.made[step]
+        for model_id in (m["model_id"] for m in made.get("models", [made])):
+            model = packaged.client.get_logged_model(model_id)
+            metrics = {metric.key: metric.value for metric in model.metrics or []}
+            assert names <= metrics.keys()
+            assert all(math.isfinite(value) and value > 0 for value in metrics.values())
 
 
 def test_int4_is_smaller_and_faster_and_close_to_its_checkpoint(packaged: Project) -> None:
@@ -103,9 +105,10 @@ def test_without_its_provider_a_target_is_registered_but_never_champion(packaged
     reference = packaged.made["log_transformers"]
     evaluation = run("evaluate", f"candidate={candidate['uri']}", f"reference={reference['uri']}")
     assert evaluation["verdict"] == "not_evaluated"
-    version, checkpoint = run("register", f"source={evaluation['uri']}")["versions"]
+    chat, version, checkpoint = run("register", f"source={evaluation['uri']}")["versions"]
     assert (checkpoint["version"], checkpoint["alias"]) == ("1", "")
     assert version["name"] == "smollm2-135m-instruct-cuda-int4-rtn-block-32-prompt"
+    assert chat["name"] == "smollm2-135m-instruct-cuda-int4-rtn-block-32-chat"
     tags = packaged.client.get_model_version(version["name"], version["version"]).tags
     assert tags["verdict"] == "not_evaluated"
     assert "cannot run the candidate: cuda: " in tags["verdict_reasons"]

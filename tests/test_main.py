@@ -24,8 +24,9 @@ def test_every_step_is_a_finished_child_of_the_parent_run(packaged: Project) -> 
     assert all("duration_s" in run.data.metrics for run in children)
 
 
-def test_both_versions_are_champions_with_their_provenance_as_tags(packaged: Project) -> None:
-    for name in (f"{MODEL}-{TARGET}-prompt", f"{MODEL}-transformers"):
+def test_all_versions_are_champions_with_their_provenance_as_tags(packaged: Project) -> None:
+    names = [f"{MODEL}-{kind}" for kind in (f"{TARGET}-prompt", f"{TARGET}-chat", "transformers")]
+    for name in names:
         version = packaged.client.get_model_version_by_alias(name, "champion")
         assert version.tags["verdict"] == "passed"
         assert version.tags["licence"] == "apache-2.0"

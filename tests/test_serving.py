@@ -133,7 +133,7 @@ def test_a_seed_makes_sampling_repeatable(client: openai.OpenAI) -> None:
 def test_a_json_schema_is_kept(client: openai.OpenAI) -> None:
     schema = {
         "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"enum": [1, 2]}},
         "required": ["name", "age"],
         "additionalProperties": False,
     }

@@ -1,9 +1,11 @@
 """A model that answers: prompts in, text out, whole or in pieces, from any number of threads."""
 
+import ctypes
 import hashlib
 import json
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,8 @@ from flavors.genai.parameters import Parameters
 from flavors.genai.sampling import Sampler, log_softmax
 from flavors.genai.scheduler import Completion, Event, Scheduler, Sequence, receive
 from flavors.genai.tokenizer import Tokenizer
+
+LOADED: "weakref.WeakSet[Runtime]" = weakref.WeakSet()
 
 
 class Runtime:
@@ -67,11 +71,11 @@ class Runtime:
         model["context_length"] = min(context_length or 2**62, model["context_length"])
         self.context_length: int = model["context_length"]
         self.defaults = Parameters.of(defaults or {}, generation_defaults(self.genai_config))
+        self.loading = threading.Lock()
         self.load()
 
     def load(self) -> None:
         """Open weights and tokenizer, while the digests of the files are checked."""
-        self.process, self.loading = os.getpid(), threading.Lock()
         with ThreadPoolExecutor(2) as pool:
             checked = pool.submit(require_digests, self.folder, self.sha256)
             tokenizer = pool.submit(Tokenizer, self.folder, self.genai_config)
@@ -84,6 +88,8 @@ class Runtime:
             self.tokenizer = tokenizer.result()
         turn = Turn() if self.threads is None and self.execution_provider == "cpu" else nullcontext
         self.scheduler = Scheduler(decoder, self.max_batch_size, self.max_queue_size, turn)
+        self.loaded = True
+        LOADED.add(self)
 
     def open_decoder(self) -> Decoder:
         model, threads = (self.folder, self.genai_config), self.threads or available_cores()
@@ -95,17 +101,26 @@ class Runtime:
         kept = self.__dict__.copy()
         for loaded in ("tokenizer", "scheduler", "loading"):
             kept.pop(loaded)
-        return {**kept, "process": -1}
+        return {**kept, "loaded": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = {**state, "loading": threading.Lock()}
 
     def require_loaded(self) -> None:
         """Load where this process did not yet: after a fork, or out of a pickle."""
-        if self.process != os.getpid():
+        if not self.loaded:
             with self.loading:
-                if self.process != os.getpid():
+                if not self.loaded:
                     self.load()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: load anew when asked, and never free what was inherited.
+
+        The parent's threads did not come along, and ONNX Runtime would wait for them for ever.
+        """
+        for inherited in (self.scheduler, self.tokenizer):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
+        self.loaded, self.loading = False, threading.Lock()
 
     def answer(self, prompts: list[str], parameters: Parameters) -> list[list[Completion]]:
         """Answer prompts, taken as they are: `n` completions each, in the prompts' order.
@@ -184,6 +199,15 @@ class Runtime:
         self.require_loaded()
         with self.scheduler.computing:
             return log_softmax(self.scheduler.decoder.score(tokens))
+
+
+def leave_all_to_parent() -> None:
+    for runtime in list(LOADED):
+        runtime.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=leave_all_to_parent)
 
 
 def collect(sequences: list[Sequence]) -> list[Completion]:
