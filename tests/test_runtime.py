@@ -213,7 +213,7 @@ def test_an_error_while_computing_reaches_its_callers_and_nobody_else(
     runtime = Runtime(onnx)
     step = runtime.scheduler.decoder.step
 
-    def fail(*arguments: object) -> np.ndarray:
+    def fail(*arguments: object) -> list[np.ndarray]:
         monkeypatch.setattr(runtime.scheduler.decoder, "step", step)
         raise RuntimeError("out of memory")
 

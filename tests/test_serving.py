@@ -209,20 +209,13 @@ def test_a_wrong_prompt_is_400_and_the_next_is_served(
     assert prompt.post(right)[0] == 200
 
 
-def test_a_server_killed_while_it_answers_starts_again(
-    packaged: Project, chat_folder: Path
-) -> None:
-    server = Server(chat_folder, packaged.environment)
-    server.start()
+def test_a_server_killed_while_it_answers_starts_again(chat: Server) -> None:
     question = {"messages": [{"role": "user", "content": "Write a very long story."}]}
     with ThreadPoolExecutor(1) as pool:
-        answering = pool.submit(server.post, {**question, "max_tokens": 4000})
+        answering = pool.submit(chat.post, {**question, "max_tokens": 4000})
         time.sleep(1.5)
-        server.kill()
+        chat.kill()
         assert isinstance(answering.exception(), (OSError, ValueError))
-    server.start()
-    try:
-        status, answer = server.post({**question, "max_tokens": 4})
-        assert status == 200 and answer["choices"][0]["message"]["content"]
-    finally:
-        server.kill()
+    chat.start()
+    status, answer = chat.post({**question, "max_tokens": 4})
+    assert status == 200 and answer["choices"][0]["message"]["content"]

@@ -103,15 +103,12 @@ class BatchDecoder:
             logits = self.run([row], np.array([chunk]))
         return logits[0, -1]
 
-    def step(self, rows: list[Row], tokens: list[int]) -> np.ndarray:
+    def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray]:
         for row, token in zip(rows, tokens, strict=True):
             row.tokens.append(token)
-        first, *others = order = [row.state for row in rows]
-        if others != list(range(first + 1, first + len(rows))):
-            ordered = sorted(rows, key=lambda row: row.state)
-            logits = self.run(ordered, np.array([[row.tokens[-1]] for row in ordered]))
-            return logits[np.array(order) - min(order), -1]
-        return self.run(rows, np.array(tokens).reshape(-1, 1))[:, -1]
+        neighbours = sorted(rows, key=lambda row: row.state)
+        logits = self.run(neighbours, np.array([[row.tokens[-1]] for row in neighbours]))
+        return [logits[row.state - neighbours[0].state, -1] for row in rows]
 
     def close(self, row: Row, keep: bool = True) -> None:
         gap, last = row.state, len(self.rows) - 1

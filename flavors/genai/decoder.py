@@ -34,8 +34,8 @@ class Decoder(Protocol):
     def extend(self, row: Row, tokens: list[int]) -> np.ndarray:
         """Append tokens of a prompt to the row opened last; logits after them, [vocabulary]."""
 
-    def step(self, rows: list[Row], tokens: list[int]) -> np.ndarray:
-        """Append one token to each row; logits after them, [rows, vocabulary]."""
+    def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray]:
+        """Append one token to each row; logits after it, [vocabulary] each."""
 
     def close(self, row: Row, keep: bool = True) -> None:
         """Give up a row; `keep` what it computed for later ones, within the budget."""

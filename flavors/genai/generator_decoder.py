@@ -84,8 +84,8 @@ class GeneratorDecoder:
         generator.append_tokens(tokens)
         return generator.get_logits().reshape(-1)
 
-    def step(self, rows: list[Row], tokens: list[int]) -> np.ndarray:
-        return np.stack([self.extend(r, [t]) for r, t in zip(rows, tokens, strict=True)])
+    def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray]:
+        return [self.extend(row, [token]) for row, token in zip(rows, tokens, strict=True)]
 
     def close(self, row: Row, keep: bool = True) -> None:
         if keep:

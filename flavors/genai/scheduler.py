@@ -166,7 +166,7 @@ class Scheduler:
             budget -= len(piece)
             if len(piece) == len(left):
                 self.reading = None
-                self.advance([sequence], logits[np.newaxis])
+                self.advance([sequence], [logits])
 
     def open_next(self) -> bool:
         """Give a row to the sequence that has waited longest, where there is room."""
@@ -188,7 +188,7 @@ class Scheduler:
         sequences, self.active = [sequence for sequence, _ in self.active], []
         self.advance(sequences, logits)
 
-    def advance(self, sequences: list[Sequence], logits: np.ndarray) -> None:
+    def advance(self, sequences: list[Sequence], logits: list[np.ndarray]) -> None:
         """Let each sequence choose a token from its logits; close the rows of those that end."""
         ended = []
         for sequence, scores in zip(sequences, logits, strict=True):
