@@ -10,11 +10,22 @@ import sys
 
 import mlflow
 
-for forbidden in ("torch", "transformers"):
-    if importlib.util.find_spec(forbidden):
-        sys.exit(f"{forbidden} is installed")
-for folder in sys.argv[1:]:
+
+def ask(folder: str) -> None:
+    """Exit with a complaint unless the model answers."""
     model = mlflow.pyfunc.load_model(folder)
     example = mlflow.models.Model.load(folder).load_input_example(folder)
     if not (answer := model.predict(example)):
         sys.exit(f"{folder} answers {answer!r}")
+
+
+def main() -> None:
+    for forbidden in ("torch", "transformers"):
+        if importlib.util.find_spec(forbidden):
+            sys.exit(f"{forbidden} is installed")
+    for folder in sys.argv[1:]:
+        ask(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Log an ONNX folder as MLflow models that need no torch, and answer through onnxruntime-genai.
+"""Log an ONNX folder as MLflow models that need no torch, one for each interface.
 
 python -m steps.log_pyfunc source=/data/onnx
 python -m steps.log_pyfunc source=/data/onnx log_pyfunc.interfaces=[chat]
@@ -151,7 +151,7 @@ def prompt_signature() -> tuple[ModelSignature, Any]:
 
 
 def chat_signature() -> tuple[ModelSignature, Any]:
-    """The transformers flavor's `llm/v1/chat`, and the parameters that it lacks."""
+    """The fields of the transformers flavor's `llm/v1/chat`, and those that it lacks."""
     message = Object(
         [
             Property("role", DataType.string),
@@ -160,19 +160,12 @@ def chat_signature() -> tuple[ModelSignature, Any]:
         ]
     )
     columns: list[Any] = [ColSpec(Array(message), "messages")]
-    for column in CHAT_MODEL_INPUT_SCHEMA:
-        if column.type == DataType.double:  # MLflow refuses whole numbers there, 2 for 2.0
-            columns.append(ColSpec(AnyType(), column.name, required=False))
-        elif column.name not in ("messages", "stop"):
-            columns.append(column)
-    columns += [
-        ColSpec(AnyType(), "stop", required=False),  # a string, or a list of them
-        ColSpec(DataType.long, "seed", required=False),
-        ColSpec(AnyType(), "repetition_penalty", required=False),
-        ColSpec(AnyType(), "response_format", required=False),
-        ColSpec(DataType.boolean, "logprobs", required=False),
-        ColSpec(DataType.long, "top_logprobs", required=False),
-    ]
+    names = [column.name for column in CHAT_MODEL_INPUT_SCHEMA if column.name != "messages"]
+    names += ["max_completion_tokens", "seed", "repetition_penalty", "response_format"]
+    names += ["logprobs", "top_logprobs", "tool_choice", "logit_bias"]
+    # Of any type: flavors/genai says what is wrong in fewer words than MLflow, which takes no 2 for
+    # 2.0, and `stop` is a string or a list.
+    columns += [ColSpec(AnyType(), name, required=False) for name in names]
     example = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 16}
     return ModelSignature(Schema(columns), CHAT_MODEL_OUTPUT_SCHEMA), example
 

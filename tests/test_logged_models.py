@@ -118,8 +118,23 @@ def test_defaults_can_be_changed_at_load(prompt_folder: Path) -> None:
     assert runtime.threads == 1
     with pytest.raises(MlflowException, match="the context length is 64"):
         ask(model, FRANCE, max_tokens=64)
-    with pytest.raises(ValueError, match="max_batch_size is 0; it must be at least 1"):
-        mlflow.pyfunc.load_model(str(prompt_folder), model_config={"max_batch_size": 0})
+    assert "," not in ask(model, "One, two, three,")[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "limit"),
+    [
+        ("max_batch_size", 0, "an integer of at least 1"),
+        ("threads", "2", "an integer of at least 1"),
+        ("cache_mb", -1, "a number of at least 0"),
+        ("execution_provider", "gpu", "one of .*cuda"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_at_load(
+    prompt_folder: Path, setting: str, value: object, limit: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{setting} is {value!r}; it must be {limit}"):
+        mlflow.pyfunc.load_model(str(prompt_folder), model_config={setting: value})
 
 
 def test_a_changed_file_is_an_error_at_load(prompt_folder: Path) -> None:
@@ -226,7 +241,8 @@ def test_chat_chunks_add_up_to_the_completion(chat: Any) -> None:
 def test_log_probabilities_are_those_of_the_tokens(chat: Any) -> None:
     answer = converse(chat, "Hello!", logprobs=True, top_logprobs=3)
     content = answer["choices"][0]["logprobs"]["content"]
-    assert len(content) == answer["usage"]["completion_tokens"]
+    ended = answer["choices"][0]["finish_reason"] == "stop"  # an end token is not listed
+    assert len(content) == answer["usage"]["completion_tokens"] - ended
     for token in content:
         assert token["logprob"] == token["top_logprobs"][0]["logprob"] <= 0  # greedy
         assert len(token["top_logprobs"]) == 3
@@ -248,6 +264,11 @@ def test_log_probabilities_are_those_of_the_tokens(chat: Any) -> None:
         ({"top_logprobs": 2}, "top_logprobs is 2; it needs logprobs: true"),
         ({"stream": True}, "stream is True; this model does not serve it; use predict_stream"),
         ({"presence_penalty": 0.5}, "presence_penalty is 0.5; this model does not serve it"),
+        ({"tools": [{"type": "function"}]}, "this model does not serve it"),
+        ({"max_completion_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5; it must be an integer of at least 1"),
+        ({"seed": "x"}, "seed is 'x'; it must be an integer from 0"),
+        ({"messages": [{"role": "user", "content": "a\0b"}]}, "messages[0].content holds a NUL"),
     ],
 )
 def test_a_wrong_conversation_is_named_with_its_field(

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from flavors.genai.batch_decoder import BatchDecoder
-from flavors.genai.cores import available_cores
+from flavors.genai.cores import Turn, available_cores
 from flavors.genai.generator_decoder import GeneratorDecoder
-from flavors.genai.parameters import Parameters
+from flavors.genai.parameters import Parameters, RequestError
 from flavors.genai.runtime import Runtime
 from flavors.genai.sampling import Sampler, candidates
 from flavors.genai.scheduler import Busy, Completion
@@ -199,7 +199,7 @@ def test_a_full_queue_says_busy_and_recovers(onnx: Path, prompts: list[str]) -> 
     waiting.start()
     while not runtime.scheduler.waiting:
         time.sleep(0.01)
-    with pytest.raises(Busy, match="max_queue_size allows 1"):
+    with pytest.raises(Busy, match="max_queue_size is 1"):
         runtime.answer(prompts[:1], Parameters(max_tokens=1))
     streams[0].close()
     waiting.join()
@@ -207,7 +207,7 @@ def test_a_full_queue_says_busy_and_recovers(onnx: Path, prompts: list[str]) -> 
     assert texts(runtime.answer(prompts[:1], Parameters(max_tokens=4)))
 
 
-def test_an_error_while_computing_reaches_its_callers_and_nobody_else(
+def test_an_error_while_computing_reaches_its_caller_and_not_the_next(
     onnx: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = Runtime(onnx)
@@ -217,11 +217,32 @@ def test_an_error_while_computing_reaches_its_callers_and_nobody_else(
         monkeypatch.setattr(runtime.scheduler.decoder, "step", step)
         raise RuntimeError("out of memory")
 
-    expected = texts(runtime.answer(prompts[:1], Parameters(max_tokens=8)))
+    question = prompts[:1], Parameters(max_tokens=8)
+    expected = texts(runtime.answer(*question))
     monkeypatch.setattr(runtime.scheduler.decoder, "step", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        runtime.answer(prompts[:1], Parameters(max_tokens=8))
-    assert texts(runtime.answer(prompts[:1], Parameters(max_tokens=8))) == expected
+        runtime.answer(*question)
+    assert texts(runtime.answer(*question)) == expected
+
+
+def test_a_sequence_without_memory_fails_alone(
+    onnx: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(onnx)
+    stream = runtime.stream(prompts[2], Parameters(max_tokens=60))
+    pieces = [next(stream)]
+
+    def fail(*arguments: object) -> np.ndarray:
+        raise MemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flavors.genai.batch_decoder.lazy_zeros", fail)
+        with pytest.raises(MemoryError):
+            runtime.answer(prompts[:1], Parameters(max_tokens=4000))
+    *pieces, last = [*pieces, *stream]
+    expected = Runtime(onnx).answer(prompts[2:3], Parameters(max_tokens=60))
+    assert isinstance(last[1], Completion) and [last[1].text] == texts(expected)
+    assert texts(runtime.answer(prompts[:1], Parameters(max_tokens=4)))
 
 
 def test_threads_get_their_own_answers(runtime: Runtime, prompts: list[str]) -> None:
@@ -257,7 +278,7 @@ def test_another_process_loads_for_itself(
 def test_a_pickle_holds_no_weights(runtime: Runtime, prompts: list[str]) -> None:
     pickled = pickle.dumps(runtime)
     assert len(pickled) < 20_000
-    again = pickle.loads(pickled)
+    again = pickle.loads(pickle.dumps(pickle.loads(pickled)))
     question = prompts[:1], Parameters(max_tokens=4)
     assert texts(again.answer(*question)) == texts(runtime.answer(*question))
 
@@ -292,6 +313,42 @@ def test_telemetry_is_off_before_the_runtime_is_imported() -> None:
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert process.stdout.strip() == "1", process.stderr
+
+
+def test_a_stopped_process_holds_up_others_no_longer_than_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flavors.genai.cores.PATIENCE_S", 0.2)
+    code = "import sys; from flavors.genai.cores import Turn\n"
+    code += "with Turn()():\n    print('taken', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "taken\n"
+    turn = Turn()
+    with turn():
+        assert turn.waits_again_at > time.monotonic()
+    holder.communicate()
+    turn.waits_again_at = 0
+    with turn():
+        assert turn.waits_again_at == 0
+
+
+def test_text_that_the_tokenizer_would_cut_is_refused(runtime: Runtime) -> None:
+    for prompt in ("abc\0def", "half \ud83c"):
+        with pytest.raises(RequestError, match="prompt holds a NUL or half a surrogate pair"):
+            runtime.answer([prompt], Parameters())
+
+
+def test_a_tiny_temperature_is_greedy(runtime: Runtime, prompts: list[str]) -> None:
+    greedy = texts(runtime.answer(prompts[:1], Parameters(max_tokens=8)))
+    for temperature in (1e-40, 1e-4):
+        parameters = Parameters(max_tokens=8, temperature=temperature, top_p=0.9)
+        assert texts(runtime.answer(prompts[:1], parameters)) == greedy
 
 
 def test_candidates_are_the_nucleus_of_the_best() -> None:

@@ -1,4 +1,4 @@
-"""Many sequences in one ONNX Runtime call, on the CPU, and the cache of past prompts."""
+"""Many sequences in one ONNX Runtime call, on the CPU."""
 
 import mmap
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from flavors.genai.decoder import CAPACITY_STEP, Row, common
+from flavors.genai.prefixes import Prefixes
 
 PREFILL_CHUNK = 256  # tokens per call; bounds the memory of logits and attention scores
 
@@ -34,7 +35,7 @@ class BatchDecoder:
     length of each from the attention mask. Rows in use are the first ones, without gaps. A row's
     logits are the same to the bit whatever else is in the batch, and whether its prompt was cached
     or not; only the keys and values of a past answer, computed token by token, are rounded
-    otherwise than a prompt's.
+    otherwise than a prompt's (`cache_mb` 0 does without them).
     """
 
     def __init__(
@@ -70,6 +71,9 @@ class BatchDecoder:
         self.cache_type = numpy_type(known[self.caches[0][0]].type)
         self.logits_type = numpy_type(self.session.get_outputs()[0].type)
         self.max_rows = rows
+        # One place for all logits, which are read before the next run.
+        most = max(PREFILL_CHUNK, rows) * self.vocabulary_size
+        self.logits = lazy_zeros((most,), self.logits_type)
         self.rows: list[Row] = []
         self.capacity = 0
         self.arrays: list[np.ndarray] = []
@@ -78,10 +82,13 @@ class BatchDecoder:
 
     def open(self, prompt: list[int], length: int) -> Row:
         self.reserve(length)
-        row = Row(state=len(self.rows))
+        row = Row(prompt_length=len(prompt), state=len(self.rows))
         end = len(prompt) - 1  # the last token's logits are needed, so it is always computed
         shared, source = max(
-            ((common(prompt[:end], other.tokens), other) for other in self.rows),
+            (
+                (common(prompt[:end], other.tokens[: other.prompt_length]), other)
+                for other in self.rows
+            ),
             key=lambda pair: pair[0],
             default=(0, row),
         )
@@ -110,23 +117,23 @@ class BatchDecoder:
         logits = self.run(neighbours, np.array([[row.tokens[-1]] for row in neighbours]))
         return [logits[row.state - neighbours[0].state, -1] for row in rows]
 
-    def close(self, row: Row, keep: bool = True) -> None:
+    def close(self, row: Row) -> None:
         gap, last = row.state, len(self.rows) - 1
-        if keep:
-            self.prefixes.keep(row.tokens, [array[gap] for array in self.arrays])
-        for source in (
-            last - 1,
-            last,
-        ):  # the last may be in the middle of its prompt: it stays last
+        self.prefixes.keep(row.tokens, [array[gap] for array in self.arrays])
+        # The last row may be in the middle of its prompt. It has to stay last, so two move up.
+        for source in (last - 1, last):
             if source > gap:
                 moved = self.rows[source]
                 self.copy(source, gap, len(moved.tokens))
                 self.rows[gap], moved.state, gap = moved, gap, source
         self.rows.pop()
 
+    def clear(self) -> None:
+        self.rows, self.arrays, self.capacity, self.bound = [], [], 0, {}
+
     def score(self, tokens: list[int]) -> np.ndarray:
         self.reserve(len(tokens))
-        return self.run([Row(tokens, len(self.rows))], np.array([tokens]))[0]
+        return self.run([Row(tokens, state=len(self.rows))], np.array([tokens]))[0]
 
     def run(self, rows: list[Row], ids: np.ndarray) -> np.ndarray:
         """Compute `ids` [rows, tokens], the ends of neighbouring rows' tokens.
@@ -134,6 +141,9 @@ class BatchDecoder:
         Returns logits, float32 [rows, tokens, vocabulary], which stay until the next run.
         """
         first, (count, new) = rows[0].state, ids.shape
+        if self.logits.size < ids.size * self.vocabulary_size:
+            self.logits = lazy_zeros((ids.size * self.vocabulary_size,), self.logits_type)
+            self.bound = {}
         bound = self.bound.get((first, count))
         if bound is None:
             bound = self.bound[first, count] = self.bind(first, count)
@@ -150,7 +160,7 @@ class BatchDecoder:
         logits = bound.logits
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)
 
-    def bind(self, first: int, count: int) -> "Bound":
+    def bind(self, first: int, count: int) -> Bound:
         """Bind neighbouring rows of the caches, as inputs and outputs at once."""
         binding = self.session.io_binding()
         for (past, present), array in zip(self.caches, self.arrays, strict=True):
@@ -159,10 +169,11 @@ class BatchDecoder:
         nothing = np.empty((0, 0))
         return Bound(binding, nothing, nothing, nothing)
 
-    def bind_tokens(self, bound: "Bound", count: int, new: int, width: int) -> None:
+    def bind_tokens(self, bound: Bound, count: int, new: int, width: int) -> None:
         bound.ids = np.empty((count, new), np.int64)
         bound.mask = np.empty((count, width), np.int64)
-        bound.logits = np.empty((count, new, self.vocabulary_size), self.logits_type)
+        size = count * new * self.vocabulary_size
+        bound.logits = self.logits[:size].reshape(count, new, self.vocabulary_size)
         bind(bound.binding.bind_input, self.names["input_ids"], bound.ids)
         bind(bound.binding.bind_input, self.names["attention_mask"], bound.mask)
         bind(bound.binding.bind_output, self.logits_name, bound.logits)
@@ -173,63 +184,15 @@ class BatchDecoder:
             return
         capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
         shape = (self.max_rows + 1, self.heads, capacity, self.head_size)  # one more for `score`
-        self.bound = {}
-        previous, self.arrays = self.arrays, []
-        for _ in self.caches:
-            array = lazy_zeros(shape, self.cache_type)
-            old = previous.pop(0) if previous else None
-            for index, row in enumerate(self.rows) if old is not None else ():
-                array[index, :, : len(row.tokens)] = old[index, :, : len(row.tokens)]  # type: ignore[index]
-            self.arrays.append(array)
-        self.capacity = capacity
+        arrays = [lazy_zeros(shape, self.cache_type) for _ in self.caches]
+        for array, previous in zip(arrays, self.arrays, strict=False):
+            for index, row in enumerate(self.rows):
+                array[index, :, : len(row.tokens)] = previous[index, :, : len(row.tokens)]
+        self.arrays, self.capacity, self.bound = arrays, capacity, {}
 
     def copy(self, source: int, target: int, length: int) -> None:
         for array in self.arrays:
             array[target, :, :length] = array[source, :, :length]
-
-
-@dataclass
-class Prefix:
-    """Tokens, and their keys and values: per layer [heads, tokens, head size]."""
-
-    tokens: list[int]
-    arrays: list[np.ndarray]
-
-
-class Prefixes:
-    """Keys and values of past sequences, the least recently used dropped first."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget, self.size = budget, 0
-        self.kept: list[Prefix] = []  # the least recently used first
-
-    def longest(self, prompt: list[int]) -> tuple[int, Prefix | None]:
-        """How many of the prompt's first tokens are kept, and where."""
-        lengths = [common(prompt, prefix.tokens) for prefix in self.kept]
-        if not any(lengths):
-            return 0, None
-        best = max(range(len(lengths)), key=lengths.__getitem__)
-        self.kept.append(self.kept.pop(best))
-        return lengths[best], self.kept[-1]
-
-    def keep(self, tokens: list[int], arrays: list[np.ndarray]) -> None:
-        """Copy a sequence's keys and values, as much of it as the budget holds."""
-        bytes_per_token = sum(array[:, 0].nbytes for array in arrays)
-        tokens = tokens[: self.budget // bytes_per_token]
-        if not tokens or any(common(tokens, prefix.tokens) == len(tokens) for prefix in self.kept):
-            return
-        extended = [p for p in self.kept if common(tokens, p.tokens) == len(p.tokens)]
-        for prefix in extended:
-            self.drop(prefix)
-        while self.kept and self.size + len(tokens) * bytes_per_token > self.budget:
-            self.drop(self.kept[0])
-        copies = [array[:, : len(tokens)].copy() for array in arrays]
-        self.kept.append(Prefix(tokens, copies))
-        self.size += len(tokens) * bytes_per_token
-
-    def drop(self, prefix: Prefix) -> None:
-        self.kept.remove(prefix)
-        self.size -= sum(array.nbytes for array in prefix.arrays)
 
 
 def chunks(tokens: list[int], size: int) -> Iterator[list[int]]:

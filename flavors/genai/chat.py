@@ -14,13 +14,13 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from flavors.genai.interface import mlflow_errors, open_runtime
-from flavors.genai.parameters import Parameters
+from flavors.genai.parameters import Parameters, RequestError, require_text
 from flavors.genai.runtime import Runtime
 from flavors.genai.scheduler import Completion
 
 ROLES = ("system", "user", "assistant")
-# Fields of the schema that this runtime does not serve, and what they are when left alone.
-UNSERVED = {"stream": False, "frequency_penalty": 0, "presence_penalty": 0, "tools": None}
+# Fields that this runtime does not serve; left alone they are null, false, 0 or empty.
+UNSERVED = ("stream", "tools", "tool_choice", "logit_bias", "frequency_penalty", "presence_penalty")
 
 
 class ChatModel(PythonModel):
@@ -36,21 +36,14 @@ class ChatModel(PythonModel):
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> dict[str, Any] | list[dict[str, Any]]:
-        """A chat completion for one conversation; a list of them for several, in order.
-
-        Rows with the same parameters are answered together.
-        """
+        """A chat completion for one conversation; a list of them for several, in order."""
         with mlflow_errors():
             requests = [
                 read_request(row, self.runtime)
                 for row in model_input.astype(object).to_dict("records")
             ]
-            answers: dict[int, list[Completion]] = {}
-            for parameters in dict.fromkeys(parameters for _, parameters in requests):
-                rows = [i for i, request in enumerate(requests) if request[1] == parameters]
-                answered = self.runtime.answer([requests[i][0] for i in rows], parameters)
-                answers |= dict(zip(rows, answered, strict=True))
-        completions = [self.completion(answers[i]) for i in range(len(requests))]
+            answers = self.runtime.answer(*map(list, zip(*requests, strict=True)))
+        completions = [self.completion(answer) for answer in answers]
         return completions[0] if len(completions) == 1 else completions
 
     def predict_stream(
@@ -98,11 +91,12 @@ class ChatModel(PythonModel):
         return {**head, "choices": choices, "usage": usage(completions)}
 
     def log_probabilities(self, completion: Completion) -> dict[str, Any]:
-        """`logprobs` of a choice: every generated token, an end token included."""
+        """`logprobs` of a choice; `bytes` is null for a token that is a part of a character."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self.runtime.tokenizer.decode([token])
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            whole = None if "\ufffd" in text else list(text.encode())
+            return {"token": text, "logprob": logprob, "bytes": whole}
 
         content = [
             {**entry(token, logprob), "top_logprobs": [entry(*pair) for pair in top]}
@@ -112,16 +106,18 @@ class ChatModel(PythonModel):
 
 
 def read_request(request: dict[str, Any], runtime: Runtime) -> tuple[str, Parameters]:
-    """The prompt and parameters of one request; ValueError where a field is wrong."""
-    for name, default in UNSERVED.items():
+    """The prompt and parameters of one request; RequestError where a field is wrong."""
+    for name in UNSERVED:
         value = request.get(name)
-        if value is not None and value == value and value != default:  # NaN: left out in a frame
+        if value and value == value:  # NaN: left out in a row of a frame
             hint = "; use predict_stream" if name == "stream" else ""
-            raise ValueError(f"{name} is {value!r}; this model does not serve it{hint}")
+            raise RequestError(f"{name} is {value!r}; this model does not serve it{hint}")
+    if request.get("max_completion_tokens") is not None:  # OpenAI's newer name
+        request = {**request, "max_tokens": request["max_completion_tokens"]}
     messages = request.get("messages")
     messages = list(messages) if isinstance(messages, np.ndarray) else messages
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages is {messages!r}; it must be a list of at least one message")
+        raise RequestError(f"messages is {messages!r}; it must be a list of at least one message")
     prompt = runtime.render([read_message(i, m) for i, m in enumerate(messages)])
     return prompt, Parameters.of(request, runtime.defaults)
 
@@ -130,18 +126,18 @@ def read_message(index: int, message: Any) -> dict[str, str]:
     """Role and content of a message, its text parts joined."""
     where = f"messages[{index}]"
     if not isinstance(message, dict):
-        raise ValueError(f"{where} is {message!r}; it must be an object with role and content")
+        raise RequestError(f"{where} is {message!r}; it must be an object with role and content")
     if message.get("role") not in ROLES:
-        raise ValueError(f"{where}.role is {message.get('role')!r}; it must be one of {ROLES}")
+        raise RequestError(f"{where}.role is {message.get('role')!r}; it must be one of {ROLES}")
     content = message.get("content")
     if isinstance(content, (list, np.ndarray)):
         parts = list(content)
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-            raise ValueError(f"{where}.content has parts that are not text; this model reads text")
+            raise RequestError(
+                f"{where}.content has parts that are not text; this model reads text"
+            )
         content = "".join(str(part.get("text", "")) for part in parts)
-    if not isinstance(content, str):
-        raise ValueError(f"{where}.content is {content!r}; it must be a string")
-    return {"role": message["role"], "content": content}
+    return {"role": message["role"], "content": require_text(f"{where}.content", content)}
 
 
 def header(kind: str, model: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+PATIENCE_S = 15.0  # a large model takes as long for a piece of a prompt
 
 
 def available_cores() -> int:
@@ -39,28 +42,60 @@ class Turn:
 
     Two that compute at once on the same cores, each with a thread for every core, get a third less
     done together than one does alone, because threads wait for others that are not running. Models
-    of one user share a lock, in this process and others; none is taken where locks are not.
+    of one user share two locks, in this process and others: who waits for the turn holds the place
+    of the next, so that nobody has two turns while another waits. A turn that does not come within
+    `PATIENCE_S` (its holder may be stopped) is done without, and so is the next minute.
     """
 
-    def __init__(self) -> None:
-        self.file: int | None = None
-        if fcntl is not None:
+    def __init__(self, needed: bool = True) -> None:
+        self.next: int | None = None
+        self.turn: int | None = None
+        self.waits_again_at = 0.0
+        if fcntl is not None and needed:
             cores = hashlib.sha256(repr(affinity()).encode()).hexdigest()[:16]
-            path = Path(tempfile.gettempdir()) / f"genai-{os.getuid()}-{cores}.lock"
+            path = Path(tempfile.gettempdir()) / f"genai-{os.getuid()}-{cores}"
             with contextlib.suppress(OSError):
-                self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                self.next, self.turn = open_lock(f"{path}.next"), open_lock(f"{path}.turn")
 
-    def __del__(self) -> None:
-        if self.file is not None:
-            os.close(self.file)
+    def close(self) -> None:
+        """Forget the locks. A forked child has to, or it holds its parent's."""
+        for file in (self.next, self.turn):
+            if file is not None:
+                os.close(file)
+        self.next = self.turn = None
+
+    __del__ = close
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        if self.file is None:
+        if self.next is None or self.turn is None or time.monotonic() < self.waits_again_at:
             yield
             return
-        fcntl.flock(self.file, fcntl.LOCK_EX)
+        until = time.monotonic() + PATIENCE_S
+        taken = False
+        if take(self.next, until):
+            taken = take(self.turn, until)
+            fcntl.flock(self.next, fcntl.LOCK_UN)
+        if not taken:
+            self.waits_again_at = time.monotonic() + 60
         try:
             yield
         finally:
-            fcntl.flock(self.file, fcntl.LOCK_UN)
+            if taken and self.turn is not None:
+                fcntl.flock(self.turn, fcntl.LOCK_UN)
+
+
+def open_lock(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+
+def take(lock: int, until: float) -> bool:
+    """Take a lock, or give up at a time of time.monotonic."""
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.0001)

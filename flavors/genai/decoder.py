@@ -19,9 +19,13 @@ class ExecutionProviderUnavailable(RuntimeError):
 
 @dataclass(eq=False)
 class Row:
-    """A sequence in a decoder: the tokens whose keys and values are computed."""
+    """A sequence in a decoder: the tokens whose keys and values are computed.
+
+    The first `prompt_length` are, or will be, its prompt's.
+    """
 
     tokens: list[int] = field(default_factory=list)
+    prompt_length: int = 0
     state: Any = None
 
 
@@ -37,8 +41,11 @@ class Decoder(Protocol):
     def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray]:
         """Append one token to each row; logits after it, [vocabulary] each."""
 
-    def close(self, row: Row, keep: bool = True) -> None:
-        """Give up a row; `keep` what it computed for later ones, within the budget."""
+    def close(self, row: Row) -> None:
+        """Give up a row; what it computed is kept for later ones, within the budget."""
+
+    def clear(self) -> None:
+        """Give up all rows after an error, and keep nothing of them."""
 
     def score(self, tokens: list[int]) -> np.ndarray:
         """Logits after each of the tokens, [tokens, vocabulary]."""

@@ -69,11 +69,11 @@ class GeneratorDecoder:
             shared, best = max(fitting, key=lambda pair: pair[0])
             self.kept.remove(best)
             best.state[0].rewind_to(shared)
-            return Row(prompt[:shared], best.state)
+            return Row(prompt[:shared], len(prompt), best.state)
         capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
         parameters = og.GeneratorParams(self.model)
         parameters.set_search_options(max_length=capacity)
-        return Row([], (og.Generator(self.model, parameters), capacity))
+        return Row([], len(prompt), (og.Generator(self.model, parameters), capacity))
 
     def extend(self, row: Row, tokens: list[int]) -> np.ndarray:
         generator, before = row.state[0], len(row.tokens)
@@ -87,11 +87,15 @@ class GeneratorDecoder:
     def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray]:
         return [self.extend(row, [token]) for row, token in zip(rows, tokens, strict=True)]
 
-    def close(self, row: Row, keep: bool = True) -> None:
-        if keep:
-            self.kept.append(row)
+    def close(self, row: Row) -> None:
+        if row.state[1] * self.bytes_per_token > self.budget:
+            return
+        self.kept.append(row)
         while sum(kept.state[1] for kept in self.kept) * self.bytes_per_token > self.budget:
             self.kept.pop(0)
+
+    def clear(self) -> None:
+        """Rows are Generators of their own: nothing is left of them."""
 
     def score(self, tokens: list[int]) -> np.ndarray:
         parameters = og.GeneratorParams(self.model)

@@ -9,11 +9,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, REQUEST_LIMIT_EXCEEDED
 from mlflow.pyfunc import PythonModelContext
 
-from flavors.genai.parameters import Parameters
+from flavors.genai.parameters import Parameters, RequestError
 from flavors.genai.runtime import Runtime
 from flavors.genai.scheduler import Busy
 
-PARAMETERS = [*(field.name for field in fields(Parameters)), "response_format"]
+PARAMETERS = [field.name for field in fields(Parameters)]
 
 
 def open_runtime(context: PythonModelContext) -> Runtime:
@@ -28,13 +28,14 @@ def open_runtime(context: PythonModelContext) -> Runtime:
 def mlflow_errors() -> Iterator[None]:
     """A wrong request is HTTP 400 through MLflow's scoring server, a full queue 429.
 
-    What goes wrong in the runtime is 500.
+    What goes wrong in the model is 500.
     """
     try:
         yield
-    except ValueError as error:
+    except RequestError as error:
         raise MlflowException.invalid_parameter_value(str(error)) from error
     except Busy as error:
         raise MlflowException(str(error), error_code=REQUEST_LIMIT_EXCEEDED) from error
-    except RuntimeError as error:
-        raise MlflowException(str(error), error_code=INTERNAL_ERROR) from error
+    except Exception as error:  # MLflow would call it a bad request
+        message = f"{type(error).__name__}: {error}"
+        raise MlflowException(message, error_code=INTERNAL_ERROR) from error

@@ -12,9 +12,13 @@ MAX_STOP = 16
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+class RequestError(ValueError):
+    """A request asks for what cannot be: the message names the field and its limit, in one line."""
+
+
 @dataclass(frozen=True)
 class Parameters:
-    """One request's parameters. Each is checked; a wrong one raises ValueError, in one line.
+    """One request's parameters. Each is checked; a wrong one raises RequestError.
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `stop` ends the answer before any of
     its strings. `n` answers are sampled per prompt. `seed` makes them repeatable. `schema` is the
@@ -40,17 +44,18 @@ class Parameters:
             if value is None and name == "seed":
                 continue
             if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
-                raise ValueError(f"{name} is {value!r}; it must be {limit}")
+                raise RequestError(f"{name} is {value!r}; it must be {limit}")
         if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs is {self.top_logprobs}; it needs logprobs: true")
+            raise RequestError(f"top_logprobs is {self.top_logprobs}; it needs logprobs: true")
 
     @classmethod
     def of(cls, request: Mapping[str, Any], defaults: "Parameters | None" = None) -> "Parameters":
-        """Read a request's fields; what is absent or null stays as in `defaults`."""
+        """Read a request's fields; what is absent, null or empty stays as in `defaults`."""
         values = {field.name: getattr(defaults or cls(), field.name) for field in fields(cls)}
         for name, value in request.items():
             value = value.item() if isinstance(value, np.generic) else value
-            if value is None or isinstance(value, float) and np.isnan(value) or name == "schema":
+            absent = value is None or isinstance(value, float) and np.isnan(value)
+            if absent or name == "schema" or isinstance(value, list) and not value:
                 continue
             if isinstance(value, float) and value.is_integer():  # a data frame's, or JSON's
                 value = int(value)
@@ -59,7 +64,7 @@ class Parameters:
             elif name == "stop":
                 values["stop"] = stop_strings(value)
             elif name == "logprobs" and not isinstance(value, bool):
-                raise ValueError(f"logprobs is {value!r}; it must be true or false")
+                raise RequestError(f"logprobs is {value!r}; it must be true or false")
             elif name in values:
                 values[name] = value
         return cls(**values)
@@ -82,11 +87,22 @@ def stop_strings(stop: Any) -> tuple[str, ...]:
     """`stop` as a tuple: one string, or a list of them."""
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, (list, tuple, np.ndarray)) or len(strings) > MAX_STOP:
-        raise ValueError(f"stop is {stop!r}; it must be a string, or a list of at most {MAX_STOP}")
+        raise RequestError(
+            f"stop is {stop!r}; it must be a string, or a list of at most {MAX_STOP}"
+        )
     for string in strings:
-        if not isinstance(string, str) or not string:
-            raise ValueError(f"stop holds {string!r}; it must hold strings that are not empty")
+        if not require_text("stop", string):
+            raise RequestError(f"stop holds {string!r}; it must hold strings that are not empty")
     return tuple(strings)
+
+
+def require_text(name: str, text: Any) -> str:
+    """The text, where it is one that the tokenizer can read."""
+    if not isinstance(text, str):
+        raise RequestError(f"{name} is {text!r}; it must be a string")
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise RequestError(f"{name} holds a NUL or half a surrogate pair; it must be Unicode text")
+    return text
 
 
 def json_schema(response_format: Any) -> str | None:
@@ -97,14 +113,14 @@ def json_schema(response_format: Any) -> str | None:
     if kind == "json_object":
         return json.dumps({"type": "object", "x-guidance": JSON_STYLE})
     if kind != "json_schema":
-        raise ValueError(
+        raise RequestError(
             f"response_format is {response_format!r}; its type must be text, json_object or "
             "json_schema"
         )
     wrapper = response_format.get("json_schema")
     schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
     if not isinstance(schema, dict):
-        raise ValueError(
+        raise RequestError(
             f"response_format.json_schema.schema is {schema!r}; it must be a JSON schema"
         )
     return json.dumps({"x-guidance": JSON_STYLE, **schema})

@@ -8,7 +8,7 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from flavors.genai.interface import mlflow_errors, open_runtime
-from flavors.genai.parameters import Parameters
+from flavors.genai.parameters import Parameters, RequestError
 
 
 class PromptModel(PythonModel):
@@ -39,7 +39,7 @@ class PromptModel(PythonModel):
         with mlflow_errors():
             parameters = Parameters.of(params or {}, self.runtime.defaults)
             if parameters.n > 1:
-                raise ValueError(f"n is {parameters.n}; it must be 1 to stream a prompt's answer")
+                raise RequestError(f"n is {parameters.n}; it must be 1 to stream a prompt's answer")
             for _, event in self.runtime.stream(model_input["prompt"], parameters):
                 if isinstance(event, str):
                     yield event

@@ -9,7 +9,6 @@ import weakref
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -20,11 +19,12 @@ from flavors.genai.batch_decoder import BatchDecoder
 from flavors.genai.cores import Turn, available_cores
 from flavors.genai.decoder import Decoder, has_longrope
 from flavors.genai.generator_decoder import GeneratorDecoder
-from flavors.genai.parameters import Parameters
+from flavors.genai.parameters import Parameters, RequestError, require_text
 from flavors.genai.sampling import Sampler, log_softmax
 from flavors.genai.scheduler import Completion, Event, Scheduler, Sequence, receive
 from flavors.genai.tokenizer import Tokenizer
 
+PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
 LOADED: "weakref.WeakSet[Runtime]" = weakref.WeakSet()
 
 
@@ -60,13 +60,21 @@ class Runtime:
             ("max_queue_size", max_queue_size),
             ("context_length", context_length),
         ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        if type(cache_mb) not in (int, float) or cache_mb < 0:
+            raise ValueError(f"cache_mb is {cache_mb!r}; it must be a number of at least 0")
+        if execution_provider not in PROVIDERS:
+            raise ValueError(
+                f"execution_provider is {execution_provider!r}; it must be one of {PROVIDERS}"
+            )
         self.folder, self.execution_provider = Path(folder), execution_provider
         self.threads, self.cache_mb = threads, cache_mb
         self.max_batch_size, self.max_queue_size = max_batch_size, max_queue_size
         self.sha256 = sha256 or {}
-        self.genai_config = json.loads((self.folder / "genai_config.json").read_text())
+        settings = "genai_config.json"  # read before the weights, so checked before them
+        require_digests(self.folder, {k: v for k, v in self.sha256.items() if k == settings})
+        self.genai_config = json.loads((self.folder / settings).read_text())
         model = self.genai_config["model"]
         model["context_length"] = min(context_length or 2**62, model["context_length"])
         self.context_length: int = model["context_length"]
@@ -86,7 +94,7 @@ class Runtime:
                 raise
             checked.result()
             self.tokenizer = tokenizer.result()
-        turn = Turn() if self.threads is None and self.execution_provider == "cpu" else nullcontext
+        turn = Turn(needed=self.threads is None and self.execution_provider == "cpu")
         self.scheduler = Scheduler(decoder, self.max_batch_size, self.max_queue_size, turn)
         self.loaded = True
         LOADED.add(self)
@@ -100,7 +108,7 @@ class Runtime:
     def __getstate__(self) -> dict[str, Any]:
         kept = self.__dict__.copy()
         for loaded in ("tokenizer", "scheduler", "loading"):
-            kept.pop(loaded)
+            kept.pop(loaded, None)
         return {**kept, "loaded": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -120,21 +128,27 @@ class Runtime:
         """
         for inherited in (self.scheduler, self.tokenizer):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
+        self.scheduler.turn.close()
         self.loaded, self.loading = False, threading.Lock()
 
-    def answer(self, prompts: list[str], parameters: Parameters) -> list[list[Completion]]:
+    def answer(
+        self, prompts: list[str], parameters: Parameters | list[Parameters]
+    ) -> list[list[Completion]]:
         """Answer prompts, taken as they are: `n` completions each, in the prompts' order.
 
-        Raises ValueError where a prompt is wrong, before any is answered, and Busy.
+        `parameters` are those of all prompts, or of each. Raises RequestError where a prompt is
+        wrong, before any is answered, and Busy.
         """
         self.require_loaded()
-        tokens = [self.encode(prompt, parameters) for prompt in prompts]
-        self.scheduler.require_room()
+        each = [parameters] * len(prompts) if isinstance(parameters, Parameters) else parameters
+        requests = [
+            (self.encode(*request), request[1]) for request in zip(prompts, each, strict=True)
+        ]
         answers: list[list[Completion]] = []
         under_way: deque[list[Sequence]] = deque()
         try:
-            for prompt in tokens:
-                under_way.append(self.submit(prompt, parameters))
+            for number, request in enumerate(requests):
+                under_way.append(self.submit(*request, may_wait=number > 0))
                 if sum(map(len, under_way)) >= 2 * self.max_batch_size:
                     answers.append(collect(under_way.popleft()))
             while under_way:
@@ -153,12 +167,16 @@ class Runtime:
         """
         self.require_loaded()
         tokens = self.encode(prompt, parameters)
-        self.scheduler.require_room()
         yield from receive(self.submit(tokens, parameters, streamed=True))
 
     def submit(
-        self, prompt: list[int], parameters: Parameters, streamed: bool = False
+        self,
+        prompt: list[int],
+        parameters: Parameters,
+        streamed: bool = False,
+        may_wait: bool = False,
     ) -> list[Sequence]:
+        """Queue the `n` answers to a prompt; Busy where the queue is full, unless `may_wait`."""
         events: SimpleQueue[Event] = SimpleQueue()
         sequences = []
         for choice in range(parameters.n):
@@ -170,20 +188,17 @@ class Runtime:
             sequences.append(
                 Sequence(prompt, parameters, sampler, text, end_tokens, events, choice, streamed)
             )
-        for sequence in sequences:
-            self.scheduler.submit(sequence)
+        self.scheduler.submit(sequences, may_wait)
         return sequences
 
     def encode(self, prompt: str, parameters: Parameters) -> list[int]:
-        """The prompt's tokens; ValueError where it is no text, empty, or too long to answer."""
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt is {prompt!r}; it must be a string")
-        tokens = self.tokenizer.encode(prompt)
+        """The prompt's tokens; RequestError where it is no text, empty, or too long to answer."""
+        tokens = self.tokenizer.encode(require_text("prompt", prompt))
         if not tokens:
-            raise ValueError("prompt is empty; it must hold at least one token")
+            raise RequestError("prompt is empty; it must hold at least one token")
         total = len(tokens) + parameters.max_tokens
         if total > self.context_length:
-            raise ValueError(
+            raise RequestError(
                 f"prompt is {len(tokens)} tokens, with max_tokens {parameters.max_tokens} that is "
                 f"{total}; the context length is {self.context_length}"
             )

@@ -6,6 +6,7 @@ from flavors.genai.parameters import Parameters
 from flavors.genai.tokenizer import Grammar
 
 CANDIDATES = 1024  # top_p rarely needs more tokens than these
+GREEDY = 1e-5  # temperatures up to this one: float32 could not divide by them
 
 
 class Sampler:
@@ -26,7 +27,7 @@ class Sampler:
     def choose(self, logits: np.ndarray) -> int:
         """The next token, from float32 [vocabulary], which stays as it is."""
         scores = self.penalised(logits)
-        if self.parameters.temperature > 0:
+        if self.parameters.temperature > GREEDY:
             token = self.draw(scores / np.float32(self.parameters.temperature))
         else:
             token = self.grammar.choose(scores) if self.grammar else int(scores.argmax())
@@ -48,7 +49,7 @@ class Sampler:
         noisy = scores[kept] - np.log(self.random.exponential(size=len(kept)).astype(np.float32))
         if self.grammar is None:
             return int(kept[noisy.argmax()])
-        everything = scores - np.float32(1e6)  # still in order, below every candidate
+        everything = scores - np.float32(1e6)  # below every candidate: for want of a better one
         everything[kept] = noisy
         return self.grammar.choose(everything)
 

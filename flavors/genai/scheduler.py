@@ -6,19 +6,20 @@ that is being answered. A sequence joins when there is room, and leaves when it 
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import numpy as np
 
+from flavors.genai.cores import Turn
 from flavors.genai.decoder import Decoder, Row
 from flavors.genai.parameters import Parameters
 from flavors.genai.sampling import Sampler, log_softmax
 from flavors.genai.tokenizer import TextStream
 
-PREFILL_BUDGET = 64  # tokens of prompts per turn while others are being answered
+# Tokens of prompts per turn of the loop: alone, and while others are being answered.
+PREFILL_ALONE, PREFILL_AMONG_OTHERS = 256, 64
 
 
 class Busy(RuntimeError):
@@ -31,7 +32,8 @@ class Completion:
 
     Tokens are counted as the model computes them: an end token and a stop string's tokens count as
     generated, and `cached_tokens` of the prompt came from the cache. `logprobs` holds, for each
-    token, its id, its natural-log probability, and the most likely ones as (id, log-probability).
+    token but an end token, its id, its natural-log probability, and the most likely tokens as
+    (id, log-probability).
     """
 
     text: str
@@ -72,10 +74,10 @@ class Sequence:
         """Choose the next token; None where the sequence ends with it."""
         token = self.sampler.choose(logits)
         self.generated += 1
-        if self.parameters.logprobs:
-            self.logprobs.append(log_probabilities(logits, token, self.parameters.top_logprobs))
         ended = token in self.end_tokens
         if not ended:
+            if self.parameters.logprobs:
+                self.logprobs.append(log_probabilities(logits, token, self.parameters.top_logprobs))
             self.say(self.text.push(token))
         if ended or self.text.stopped:
             self.end("stop")
@@ -109,7 +111,7 @@ class Scheduler:
         decoder: Decoder,
         max_batch_size: int,
         max_queue_size: int,
-        turn: Callable[[], AbstractContextManager[None]],
+        turn: Turn,
     ) -> None:
         self.decoder = decoder
         self.max_batch_size, self.max_queue_size = max_batch_size, max_queue_size
@@ -118,20 +120,21 @@ class Scheduler:
         self.working = False
         self.computing = threading.Lock()  # held while the decoder computes
         self.turn = turn  # taken while it computes, on cores that other models use too
+        self.open: list[Sequence] = []  # those with a row: `reading`, and the active ones
         self.active: list[tuple[Sequence, int]] = []  # each with the token to compute next
         self.reading: Sequence | None = None  # its prompt is partly computed
 
-    def require_room(self) -> None:
-        """Raise Busy where the queue is full."""
-        if len(self.waiting) >= self.max_queue_size:
-            raise Busy(
-                f"busy: {len(self.waiting)} requests wait already, max_queue_size allows "
-                f"{self.max_queue_size}. Ask again later."
-            )
-
-    def submit(self, sequence: Sequence) -> None:
+    def submit(self, sequences: list[Sequence], may_wait: bool = False) -> None:
+        """Queue sequences; raise Busy where more would wait than may, unless these `may_wait`."""
         with self.lock:
-            self.waiting.append(sequence)
+            free = self.max_batch_size - len(self.open)
+            waiting = len(self.waiting) + len(sequences) - max(free, 0)
+            if waiting > self.max_queue_size and not may_wait:
+                raise Busy(
+                    f"busy: {len(self.waiting)} requests wait, {len(sequences)} more are too many; "
+                    f"max_queue_size is {self.max_queue_size}. Ask again later."
+                )
+            self.waiting.extend(sequences)
             if self.working:
                 return
             self.working = True
@@ -140,7 +143,7 @@ class Scheduler:
     def work(self) -> None:
         while True:
             with self.lock:
-                if not (self.waiting or self.reading or self.active):
+                if not (self.waiting or self.open):
                     self.working = False
                     return
             with self.computing, self.turn():
@@ -153,15 +156,15 @@ class Scheduler:
                     self.fail(error)
 
     def read_prompts(self) -> None:
-        """Compute prompts: all of them where nothing else is under way, else a piece."""
-        budget = PREFILL_BUDGET
+        """Compute a piece of the prompts that wait, smaller while others are being answered."""
+        budget = PREFILL_AMONG_OTHERS if self.active else PREFILL_ALONE
         while budget > 0:
             if self.reading is None and not self.open_next():
                 return
             sequence = self.reading
             assert sequence is not None and sequence.row is not None
             left = sequence.prompt[len(sequence.row.tokens) :]
-            piece = left[:budget] if self.active else left
+            piece = left[:budget]
             logits = self.decoder.extend(sequence.row, piece)
             budget -= len(piece)
             if len(piece) == len(left):
@@ -175,10 +178,16 @@ class Scheduler:
         with self.lock:
             if not self.waiting:
                 return False
-            self.reading = sequence = self.waiting.popleft()
+            sequence = self.waiting.popleft()
         length = len(sequence.prompt) + sequence.parameters.max_tokens
-        sequence.row = self.decoder.open(sequence.prompt, length)
+        try:
+            sequence.row = self.decoder.open(sequence.prompt, length)
+        except Exception as error:  # its own: there may be no memory for one so long
+            sequence.events.put((sequence.choice, error))
+            return False
         sequence.cached_tokens = len(sequence.row.tokens)
+        self.reading = sequence
+        self.open.append(sequence)
         return True
 
     def decode(self) -> None:
@@ -213,20 +222,19 @@ class Scheduler:
             self.waiting = deque(s for s in self.waiting if not s.cancelled)
         self.close(dropped)
 
-    def close(self, sequences: list[Sequence], keep: bool = True) -> None:
+    def close(self, sequences: list[Sequence]) -> None:
         for sequence in reversed(sequences):  # the last rows first: fewer have to move
+            self.open.remove(sequence)
             if sequence.row is not None:
-                self.decoder.close(sequence.row, keep)
-                sequence.row = None
+                self.decoder.close(sequence.row)
 
     def fail(self, error: Exception) -> None:
         """Give everyone under way the error; who waits has another chance."""
-        failed = [sequence for sequence, _ in self.active]
-        failed += [self.reading] if self.reading is not None else []
+        failed, self.open = self.open, []
         self.active, self.reading = [], None
+        self.decoder.clear()
         for sequence in failed:
             sequence.events.put((sequence.choice, error))
-        self.close(failed, keep=False)
 
 
 def log_probabilities(

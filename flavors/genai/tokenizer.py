@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
+from flavors.genai.parameters import RequestError
+
 
 class Tokenizer:
     """The tokenizer of an ONNX folder. Its methods may be called from several threads."""
@@ -28,10 +30,10 @@ class Tokenizer:
         self.end_tokens = frozenset(int(token) for token in self.tokenizer.eos_token_ids)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text; ValueError where the tokenizer knows a part of it not."""
+        """The token ids of a text; RequestError where the tokenizer knows a part of it not."""
         tokens = [int(token) for token in self.tokenizer.encode(text)]
         if min(tokens, default=0) < 0:
-            raise ValueError("prompt has characters that are not in the model's vocabulary")
+            raise RequestError("prompt has characters that are not in the model's vocabulary")
         return tokens
 
     def decode(self, tokens: list[int]) -> str:
@@ -39,13 +41,21 @@ class Tokenizer:
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The prompt that the checkpoint's chat template makes, up to the assistant's turn."""
-        return self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+        try:
+            return self.tokenizer.apply_chat_template(
+                json.dumps(messages), add_generation_prompt=True
+            )
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise RequestError(
+                f"messages: the model's chat template refuses them: {reason}"
+            ) from error
 
     def stream(self, stop: tuple[str, ...] = ()) -> "TextStream":
         return TextStream(self.tokenizer.create_stream(), stop)
 
     def grammar(self, schema: str) -> "Grammar":
-        """Constrain tokens to a JSON schema; ValueError where it is malformed."""
+        """Constrain tokens to a JSON schema; RequestError where it is malformed."""
         parameters = og.GeneratorParams(self.model)
         parameters.set_search_options(max_length=self.context_length, do_sample=False)
         try:
@@ -53,7 +63,7 @@ class Tokenizer:
             return Grammar(og.Generator(self.model, parameters), next(iter(self.end_tokens)))
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise ValueError(
+            raise RequestError(
                 f"response_format.json_schema.schema is not a JSON schema: {reason}"
             ) from error
 
