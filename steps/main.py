@@ -1,4 +1,4 @@
-"""Run every step in turn, from a model's source to two registered versions.
+"""Run every step in turn, from a model's source to registered versions.
 
 mlflow run . --env-manager local
 python -m steps.main model=phi-3-mini-4k-instruct target=cuda-int4-rtn-block-32
