@@ -93,7 +93,7 @@ def test_a_failed_verdict_names_its_gate_and_is_not_registered(packaged: Project
 
 
 def test_without_its_provider_a_target_is_registered_but_never_champion(packaged: Project) -> None:
-    own = [*TINY.split(), "target=cuda-int4-rtn-block-32"]
+    own = [*TINY.split(), "target=cuda-int4-rtn-block-32", "log_pyfunc.interfaces=[prompt]"]
 
     def run(step: str, *arguments: str) -> dict:
         process = packaged.step(step, *own, *arguments)
@@ -105,10 +105,9 @@ def test_without_its_provider_a_target_is_registered_but_never_champion(packaged
     reference = packaged.made["log_transformers"]
     evaluation = run("evaluate", f"candidate={candidate['uri']}", f"reference={reference['uri']}")
     assert evaluation["verdict"] == "not_evaluated"
-    chat, version, checkpoint = run("register", f"source={evaluation['uri']}")["versions"]
+    version, checkpoint = run("register", f"source={evaluation['uri']}")["versions"]
     assert (checkpoint["version"], checkpoint["alias"]) == ("1", "")
     assert version["name"] == "smollm2-135m-instruct-cuda-int4-rtn-block-32-prompt"
-    assert chat["name"] == "smollm2-135m-instruct-cuda-int4-rtn-block-32-chat"
     tags = packaged.client.get_model_version(version["name"], version["version"]).tags
     assert tags["verdict"] == "not_evaluated"
     assert "cannot run the candidate: cuda: " in tags["verdict_reasons"]

@@ -77,7 +77,13 @@ def test_ctrl_c_stops_the_step_and_leaves_its_run_killed(packaged: Project, tmp_
     source = packaged.made["fetch"]["uri"]
     command = [sys.executable, "-m", "steps.export_onnx", f"source={source}", f"paths.work={work}"]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=packaged.environment, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=packaged.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     while "builder" not in process.stderr.readline():

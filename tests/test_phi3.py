@@ -10,6 +10,7 @@ def test_a_phi3_checkpoint_is_fetched_exported_and_evaluated(packaged: Project, 
     tiny = TINY.split(" model.gates")[0].split()
     own = [*tiny, "model=phi-3-mini-4k-instruct", "model.name=phi-3-smol", f"model.source={phi3}"]
     own += ["model.licence=apache-2.0", "model.context_length=8192"]
+    own += ["log_pyfunc.interfaces=[chat]"]
     gates = "perplexity_ratio:{max:3},kl_divergence:{max:2},top1_agreement:{min:0.2}"
     own += [f"+model.gates={{{gates}}}"]
 

@@ -207,6 +207,14 @@ def test_a_full_queue_says_busy_and_recovers(onnx: Path, prompts: list[str]) -> 
     assert texts(runtime.answer(prompts[:1], Parameters(max_tokens=4)))
 
 
+def test_more_answers_than_the_queue_can_hold_are_refused(onnx: Path) -> None:
+    runtime = Runtime(onnx, max_batch_size=2, max_queue_size=3)
+    [answers] = runtime.answer(["Hello"], Parameters(max_tokens=2, n=5))
+    assert len(answers) == 5
+    with pytest.raises(RequestError, match="n is 6; max_batch_size and max_queue_size hold 5"):
+        runtime.answer(["Hello"], Parameters(max_tokens=2, n=6))
+
+
 def test_an_error_while_computing_reaches_its_caller_and_not_the_next(
     onnx: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,8 +369,8 @@ def test_candidates_are_the_nucleus_of_the_best() -> None:
 
 
 def test_sampling_follows_the_models_probabilities(runtime: Runtime) -> None:
-    parameters = Parameters(max_tokens=1, temperature=1.0, n=128, logprobs=True, top_logprobs=1)
-    answers = [a for seed in range(4) for a in sample(runtime, parameters, seed)]
+    parameters = Parameters(max_tokens=1, temperature=1.0, n=64, logprobs=True, top_logprobs=1)
+    answers = [a for seed in range(8) for a in sample(runtime, parameters, seed)]
     [(token, logprob)] = answers[0].logprobs[0][2]
     share = np.mean([answer.logprobs[0][0] == token for answer in answers])
     assert abs(share - np.exp(logprob)) < 0.1  # 4.5 standard deviations at most

@@ -177,6 +177,11 @@ class Runtime:
         may_wait: bool = False,
     ) -> list[Sequence]:
         """Queue the `n` answers to a prompt; Busy where the queue is full, unless `may_wait`."""
+        room = self.max_batch_size + self.max_queue_size
+        if parameters.n > room:
+            raise RequestError(
+                f"n is {parameters.n}; max_batch_size and max_queue_size hold {room} answers"
+            )
         events: SimpleQueue[Event] = SimpleQueue()
         sequences = []
         for choice in range(parameters.n):
