@@ -12,23 +12,18 @@ import json
 import os
 import platform
 import re
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import mlflow
 from rich.console import Console
 from rich.table import Table
 
+from bench.server import serving
 from flavors.genai.cores import available_cores
 from steps.config import ROOT
 from steps.step import require_tracking_server, versions
@@ -58,15 +53,7 @@ class Worker:
             raise RuntimeError(f"{self.process.args!r} ended, exit code {self.process.wait()}")
         return json.loads(line)
 
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.process.terminate()
         self.process.communicate()
 
@@ -93,7 +80,7 @@ def bench(
     results["load"] = {name: [] for name in loads}
     for _ in range(rounds):
         for name, worker in loads.items():
-            with Worker(*worker) as started:
+            with closing(Worker(*worker)) as started:
                 results["load"][name].append(started.ready)
     report("decode, and time to first token")
     workers = {
@@ -108,8 +95,8 @@ def bench(
     report("the second turn of a conversation")
     results["turns"] = take_turns({"chat": Worker("turns", chat)}, rounds)
     report("16 clients of a scoring server")
-    with Server(chat) as url:
-        results["clients"] = take_turns({"chat": Worker("clients", url)}, rounds)
+    with serving(chat, dict(os.environ)) as server:
+        results["clients"] = take_turns({"chat": Worker("clients", server.url)}, rounds)
     return results
 
 
@@ -117,54 +104,12 @@ def take_turns(workers: dict[str, Worker], rounds: int) -> Rounds:
     """Let each worker measure once a round."""
     with ExitStack() as stack:
         for worker in workers.values():
-            stack.enter_context(worker)
+            stack.enter_context(closing(worker))
         measured: Rounds = {name: [] for name in workers}
         for _ in range(rounds):
             for name, worker in workers.items():
                 measured[name].append(worker.measure())
     return measured
-
-
-class Server:
-    """MLflow's scoring server on a free port of 127.0.0.1; gives the URL of its invocations."""
-
-    def __init__(self, folder: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", folder]
-        command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(self.port)]
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self.process = subprocess.Popen(
-            command,
-            stdout=self.log,
-            stderr=self.log,
-            env={**os.environ, "PATH": path},
-            start_new_session=True,
-        )
-
-    def __enter__(self) -> str:
-        url = f"http://127.0.0.1:{self.port}"
-        for _ in range(600):
-            try:
-                urlopen(f"{url}/ping").close()
-                return f"{url}/invocations"
-            except URLError:
-                if self.process.poll() is not None:
-                    break
-                time.sleep(0.1)
-        self.log.seek(0)
-        raise RuntimeError(f"the scoring server did not start: {self.log.read()[-2000:]!r}")
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        os.killpg(self.process.pid, 15)
-        self.process.wait()
 
 
 def summary(results: dict[str, Rounds]) -> list[tuple[str, float, str]]:

@@ -202,7 +202,7 @@ def clients(url: str) -> Figures:
         topic = f"{TOPICS[number % len(TOPICS)]}, number {number}"
         body = {"messages": question(topic), "max_tokens": NEW_TOKENS, "temperature": 0}
         headers = {"Content-Type": "application/json"}
-        with urlopen(Request(url, json.dumps(body).encode(), headers)) as response:
+        with urlopen(Request(f"{url}/invocations", json.dumps(body).encode(), headers)) as response:
             return json.load(response)["usage"]["completion_tokens"]
 
     def throughput(count: int, requests: int) -> float:

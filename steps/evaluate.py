@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow.models.model import ModelInfo
 
 from steps.command import entry_point
 from steps.config import ROOT, Config, Evaluate, Gate
@@ -38,8 +39,8 @@ class Evaluation:
     """What was measured of two logged models, and the verdict.
 
     `candidates` are the interfaces of one ONNX model, the measured one first. `gates` are dicts of
-    metric, value, min, max and passed; `reasons` say in words what keeps the
-    verdict from `passed`. `answers` are dicts of prompt, candidate and reference.
+    metric, value, min, max and passed; `reasons` say in words what keeps the verdict from `passed`.
+    `answers` are dicts of prompt, candidate and reference.
     """
 
     uri: str
@@ -177,18 +178,18 @@ def measure(
 
 def interfaces_of(uris: list[str]) -> list[str]:
     """The immutable URIs of one ONNX model's interfaces, the chat interface first."""
-    infos = {logged_model_uri(uri): mlflow.models.get_model_info(uri) for uri in uris}
+    infos = {uri: mlflow.models.get_model_info(uri) for uri in uris}
     metadata = {uri: info.metadata or {} for uri, info in infos.items()}
     first, *others = (facts.get("provenance") for facts in metadata.values())
     if any(provenance != first for provenance in others):
         raise ValueError(f"candidate={'+'.join(uris)}: these are not of the same ONNX model.")
-    return sorted(metadata, key=lambda uri: metadata[uri].get("interface") != "chat")
+    chat_first = sorted(infos, key=lambda uri: metadata[uri].get("interface") != "chat")
+    return list(dict.fromkeys(logged_model_uri(uri, infos[uri]) for uri in chat_first))
 
 
-def logged_model_uri(uri: str) -> str:
+def logged_model_uri(uri: str, info: ModelInfo) -> str:
     """The immutable `models:/m-…` behind a URI, which may be a version or an alias that moves."""
-    model_id = mlflow.models.get_model_info(uri).model_id
-    return f"models:/{model_id}" if model_id else uri
+    return f"models:/{info.model_id}" if info.model_id else uri
 
 
 def judge(metrics: dict[str, float], gates: dict[str, Gate]) -> list[dict[str, Any]]:
@@ -228,7 +229,7 @@ def logged_size_mb(uri: str) -> float:
 
 
 def publish(evaluation: Evaluation) -> None:
-    """Log the metrics to the run and to both logged models, the report to the run."""
+    """Log the metrics to the run and to every logged model, the report to the run."""
     measured = [(uri, evaluation.candidate_metrics) for uri in evaluation.candidates]
     for uri, metrics in [*measured, (evaluation.reference, evaluation.reference_metrics)]:
         mlflow.log_metrics(metrics, model_id=mlflow.models.get_model_info(uri).model_id)
@@ -248,7 +249,8 @@ def main(config: Config) -> Evaluation:
                 f"as {parameter}=<uri>."
             )
     candidates = interfaces_of(str(config.candidate).split("+"))
-    reference = logged_model_uri(str(config.reference))
+    reference = str(config.reference)
+    reference = logged_model_uri(reference, mlflow.models.get_model_info(reference))
     data = [
         ROOT / Path(path).expanduser() for path in (config.evaluate.texts, config.evaluate.prompts)
     ]

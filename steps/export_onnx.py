@@ -239,7 +239,7 @@ def main(config: Config) -> OnnxModel:
             "target": asdict(config.target),
             "versions": versions(*LIBRARIES),
         },
-        code=[Path(__file__), ROOT / "flavors" / "genai" / "runtime.py"],
+        code=[Path(__file__), ROOT / "flavors"],
         work=lambda folder: export_onnx(checkpoint, provenance, config.target, folder),
     )
 

@@ -1,8 +1,10 @@
 """Log an ONNX folder as MLflow models that need no torch, one for each interface.
 
-python -m steps.log_pyfunc source=/data/onnx
-python -m steps.log_pyfunc source=/data/onnx log_pyfunc.interfaces=[chat]
-mlflow models serve -m models:/m-… --env-manager local
+    python -m steps.log_pyfunc source=/data/onnx
+    python -m steps.log_pyfunc source=/data/onnx log_pyfunc.interfaces=[chat]
+    mlflow models serve -m models:/m-… --env-manager local
+
+Ends with a proof: the models are asked in an environment of their own requirements alone.
 """
 
 import logging

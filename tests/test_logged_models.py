@@ -221,6 +221,13 @@ def test_conversations_with_parameters_of_their_own_are_answered_in_order(chat: 
         assert answer["usage"]["completion_tokens"] <= limit
 
 
+def test_a_field_that_other_rows_have_is_absent_from_a_row(chat: Any) -> None:
+    messages = [[{"role": "user", "content": "Write a long story."}]] * 2
+    limits = {"max_tokens": [3, 5], "max_completion_tokens": [None, 2]}
+    answers = chat.predict(pd.DataFrame({"messages": messages, **limits}))
+    assert [answer["usage"]["completion_tokens"] for answer in answers] == [3, 2]
+
+
 def test_chat_chunks_add_up_to_the_completion(chat: Any) -> None:
     request = {"messages": USER, "max_tokens": 16, "temperature": 0.9, "seed": 3, "n": 2}
     chunks = list(chat.predict_stream(request))

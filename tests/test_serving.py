@@ -1,17 +1,12 @@
 """The logged models behind `mlflow models serve`, asked over HTTP and by the openai client."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,81 +14,41 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
+from bench.server import ScoringServer, serving
 from tests.conftest import MODEL, Project
 
 FRANCE = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 
 
-@dataclass
-class Server:
-    """`mlflow models serve` on a free port of 127.0.0.1."""
-
-    folder: Path
-    environment: dict[str, str]
-    port: int = 0
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        if not self.port:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(self.folder)]
-        command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(self.port)]
-        self.process = subprocess.Popen(
-            command,
-            env=self.environment,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for _ in range(1200):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ping").close()
-                return
-            except OSError:
-                assert self.process.poll() is None, "the server ended"
-                time.sleep(0.1)
-        raise AssertionError("the server did not answer in two minutes")
-
-    def kill(self) -> None:
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def post(self, body: dict[str, Any]) -> tuple[int, Any]:
-        """The status and the JSON of an answer."""
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/invocations",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
+def post(server: ScoringServer, body: dict[str, Any]) -> tuple[int, Any]:
+    """The status and the JSON of an answer."""
+    request = urllib.request.Request(
+        f"{server.url}/invocations",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
 
 
 @pytest.fixture(scope="module")
-def chat(packaged: Project, chat_folder: Path) -> Iterator[Server]:
-    server = Server(chat_folder, packaged.environment)
-    server.start()
-    yield server
-    server.kill()
+def chat(packaged: Project, chat_folder: Path) -> Iterator[ScoringServer]:
+    with serving(chat_folder, packaged.environment) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def prompt(packaged: Project, prompt_folder: Path) -> Iterator[Server]:
-    server = Server(prompt_folder, packaged.environment)
-    server.start()
-    yield server
-    server.kill()
+def prompt(packaged: Project, prompt_folder: Path) -> Iterator[ScoringServer]:
+    with serving(prompt_folder, packaged.environment) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def client(chat: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{chat.port}", api_key="none", max_retries=0)
+def client(chat: ScoringServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=chat.url, api_key="none", max_retries=0)
 
 
 def complete(client: openai.OpenAI, content: str, **fields: object) -> ChatCompletion:
@@ -176,10 +131,10 @@ def test_32_clients_get_their_own_answers(client: openai.OpenAI) -> None:
     assert len(set(together)) > 16
 
 
-def test_the_prompt_model_answers_rows_in_order(prompt: Server) -> None:
+def test_the_prompt_model_answers_rows_in_order(prompt: ScoringServer) -> None:
     def ask(*prompts: str) -> list[str]:
         body = {"dataframe_split": {"columns": ["prompt"], "data": [[p] for p in prompts]}}
-        status, answer = prompt.post({**body, "params": {"max_tokens": 8, "temperature": 0}})
+        status, answer = post(prompt, {**body, "params": {"max_tokens": 8, "temperature": 0}})
         assert status == 200, answer
         return answer["predictions"]
 
@@ -201,21 +156,21 @@ def test_the_prompt_model_answers_rows_in_order(prompt: Server) -> None:
     ],
 )
 def test_a_wrong_prompt_is_400_and_the_next_is_served(
-    prompt: Server, row: object, params: dict[str, Any], words: str
+    prompt: ScoringServer, row: object, params: dict[str, Any], words: str
 ) -> None:
-    status, answer = prompt.post({"dataframe_records": [{"prompt": row}], "params": params})
+    status, answer = post(prompt, {"dataframe_records": [{"prompt": row}], "params": params})
     assert status == 400 and words in answer["message"], answer
     right = {"dataframe_records": [{"prompt": FRANCE}], "params": {"max_tokens": 2}}
-    assert prompt.post(right)[0] == 200
+    assert post(prompt, right)[0] == 200
 
 
-def test_a_server_killed_while_it_answers_starts_again(chat: Server) -> None:
+def test_a_server_killed_while_it_answers_starts_again(chat: ScoringServer) -> None:
     question = {"messages": [{"role": "user", "content": "Write a very long story."}]}
     with ThreadPoolExecutor(1) as pool:
-        answering = pool.submit(chat.post, {**question, "max_tokens": 4000})
+        answering = pool.submit(post, chat, {**question, "max_tokens": 4000})
         time.sleep(1.5)
-        chat.kill()
+        chat.stop(signal.SIGKILL)
         assert isinstance(answering.exception(), (OSError, ValueError))
     chat.start()
-    status, answer = chat.post({**question, "max_tokens": 4})
+    status, answer = post(chat, {**question, "max_tokens": 4})
     assert status == 200 and answer["choices"][0]["message"]["content"]

@@ -1,17 +1,15 @@
 """Many sequences in one ONNX Runtime call, on the CPU."""
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flavors.genai.decoder import CAPACITY_STEP, Row, common
+from flavors.genai.decoder import CAPACITY_STEP, PROMPT_PIECE, Row, capacity_for, common
 from flavors.genai.prefixes import Prefixes
-
-PREFILL_CHUNK = 256  # tokens per call; bounds the memory of logits and attention scores
 
 
 @dataclass
@@ -72,7 +70,7 @@ class BatchDecoder:
         self.logits_type = numpy_type(self.session.get_outputs()[0].type)
         self.max_rows = rows
         # One place for all logits, which are read before the next run.
-        most = max(PREFILL_CHUNK, rows) * self.vocabulary_size
+        most = max(PROMPT_PIECE, rows) * self.vocabulary_size
         self.logits = lazy_zeros((most,), self.logits_type)
         self.rows: list[Row] = []
         self.capacity = 0
@@ -83,16 +81,13 @@ class BatchDecoder:
     def open(self, prompt: list[int], length: int) -> Row:
         self.reserve(length)
         row = Row(prompt_length=len(prompt), state=len(self.rows))
-        end = len(prompt) - 1  # the last token's logits are needed, so it is always computed
+        known = prompt[:-1]  # the last token's logits are needed, so it is always computed
         shared, source = max(
-            (
-                (common(prompt[:end], other.tokens[: other.prompt_length]), other)
-                for other in self.rows
-            ),
+            ((common(known, other.tokens[: other.prompt_length]), other) for other in self.rows),
             key=lambda pair: pair[0],
             default=(0, row),
         )
-        kept, prefix = self.prefixes.longest(prompt[:end])
+        kept, prefix = self.prefixes.longest(known)
         if kept > shared and prefix is not None:
             for array, saved in zip(self.arrays, prefix.arrays, strict=True):
                 array[row.state, :, :kept] = saved[:, :kept]
@@ -103,12 +98,10 @@ class BatchDecoder:
         return row
 
     def extend(self, row: Row, tokens: list[int]) -> np.ndarray:
-        for chunk in chunks(tokens, PREFILL_CHUNK):
-            if len(chunk) == 1 and row.tokens:  # another kernel, which rounds otherwise
-                chunk = [row.tokens.pop(), *chunk]
-            row.tokens += chunk
-            logits = self.run([row], np.array([chunk]))
-        return logits[0, -1]
+        if len(tokens) == 1 and row.tokens:  # another kernel, which rounds otherwise
+            tokens = [row.tokens.pop(), *tokens]
+        row.tokens += tokens
+        return self.run([row], np.array([tokens]))[0, -1]
 
     def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray]:
         for row, token in zip(rows, tokens, strict=True):
@@ -182,7 +175,7 @@ class BatchDecoder:
         """Make every row hold `length` tokens. Memory is taken up only where a row is used."""
         if self.capacity >= length and (self.rows or self.capacity <= 4 * length + CAPACITY_STEP):
             return
-        capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
+        capacity = capacity_for(length)
         shape = (self.max_rows + 1, self.heads, capacity, self.head_size)  # one more for `score`
         arrays = [lazy_zeros(shape, self.cache_type) for _ in self.caches]
         for array, previous in zip(arrays, self.arrays, strict=False):
@@ -193,11 +186,6 @@ class BatchDecoder:
     def copy(self, source: int, target: int, length: int) -> None:
         for array in self.arrays:
             array[target, :, :length] = array[source, :, :length]
-
-
-def chunks(tokens: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(tokens), size):
-        yield tokens[start : start + size]
 
 
 def numpy_type(onnx_type: str) -> type[np.float32] | type[np.float16]:

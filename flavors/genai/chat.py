@@ -14,7 +14,7 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from flavors.genai.interface import mlflow_errors, open_runtime
-from flavors.genai.parameters import Parameters, RequestError, require_text
+from flavors.genai.parameters import Parameters, RequestError, is_absent, require_text
 from flavors.genai.runtime import Runtime
 from flavors.genai.scheduler import Completion
 
@@ -107,15 +107,15 @@ class ChatModel(PythonModel):
 
 def read_request(request: dict[str, Any], runtime: Runtime) -> tuple[str, Parameters]:
     """The prompt and parameters of one request; RequestError where a field is wrong."""
-    for name in UNSERVED:
-        value = request.get(name)
-        if value and value == value:  # NaN: left out in a row of a frame
-            hint = "; use predict_stream" if name == "stream" else ""
-            raise RequestError(f"{name} is {value!r}; this model does not serve it{hint}")
-    if request.get("max_completion_tokens") is not None:  # OpenAI's newer name
-        request = {**request, "max_tokens": request["max_completion_tokens"]}
     messages = request.get("messages")
     messages = list(messages) if isinstance(messages, np.ndarray) else messages
+    request = {name: value for name, value in request.items() if not is_absent(value)}
+    for name in UNSERVED:
+        if value := request.get(name):
+            hint = "; use predict_stream" if name == "stream" else ""
+            raise RequestError(f"{name} is {value!r}; this model does not serve it{hint}")
+    if "max_completion_tokens" in request:  # OpenAI's newer name
+        request["max_tokens"] = request["max_completion_tokens"]
     if not isinstance(messages, list) or not messages:
         raise RequestError(f"messages is {messages!r}; it must be a list of at least one message")
     prompt = runtime.render([read_message(i, m) for i, m in enumerate(messages)])

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 CAPACITY_STEP = 256  # keys and values are allocated for a multiple of so many tokens
+PROMPT_PIECE = 256  # tokens of a prompt per call; bounds the memory of logits and attention scores
 LONGROPE_SWITCH = 4096  # tokens; beyond them Phi's LongRoPE graphs use other factors
 
 
@@ -36,7 +37,10 @@ class Decoder(Protocol):
         """A new row for a sequence of at most `length` tokens, begun from what is computed."""
 
     def extend(self, row: Row, tokens: list[int]) -> np.ndarray:
-        """Append tokens of a prompt to the row opened last; logits after them, [vocabulary]."""
+        """Append tokens of a prompt, at most PROMPT_PIECE, to the row opened last.
+
+        Returns the logits after them, [vocabulary].
+        """
 
     def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray]:
         """Append one token to each row; logits after it, [vocabulary] each."""
@@ -58,6 +62,11 @@ def has_longrope(genai_config: dict[str, Any]) -> bool:
     """
     model = genai_config["model"]
     return model["type"].startswith("phi") and model["context_length"] > LONGROPE_SWITCH
+
+
+def capacity_for(length: int) -> int:
+    """The tokens for which to allocate keys and values, where `length` are needed."""
+    return -(-length // CAPACITY_STEP) * CAPACITY_STEP
 
 
 def common(first: list[int], second: list[int]) -> int:

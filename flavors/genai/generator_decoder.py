@@ -8,10 +8,10 @@ import numpy as np
 import onnxruntime_genai as og
 
 from flavors.genai.decoder import (
-    CAPACITY_STEP,
     LONGROPE_SWITCH,
     ExecutionProviderUnavailable,
     Row,
+    capacity_for,
     common,
     has_longrope,
 )
@@ -70,10 +70,8 @@ class GeneratorDecoder:
             self.kept.remove(best)
             best.state[0].rewind_to(shared)
             return Row(prompt[:shared], len(prompt), best.state)
-        capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
-        parameters = og.GeneratorParams(self.model)
-        parameters.set_search_options(max_length=capacity)
-        return Row([], len(prompt), (og.Generator(self.model, parameters), capacity))
+        capacity = capacity_for(length)
+        return Row([], len(prompt), (self.generator(capacity), capacity))
 
     def extend(self, row: Row, tokens: list[int]) -> np.ndarray:
         generator, before = row.state[0], len(row.tokens)
@@ -98,8 +96,11 @@ class GeneratorDecoder:
         """Rows are Generators of their own: nothing is left of them."""
 
     def score(self, tokens: list[int]) -> np.ndarray:
-        parameters = og.GeneratorParams(self.model)
-        parameters.set_search_options(max_length=len(tokens) + 1)
-        generator = og.Generator(self.model, parameters)
+        generator = self.generator(len(tokens) + 1)
         generator.append_tokens(tokens)
         return generator.get_output("logits")[0].astype(np.float32)
+
+    def generator(self, max_length: int) -> Any:
+        parameters = og.GeneratorParams(self.model)
+        parameters.set_search_options(max_length=max_length)
+        return og.Generator(self.model, parameters)

@@ -1,6 +1,7 @@
 """What a request may ask for, named as in OpenAI's Chat Completions, and how it is checked."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 MAX_STOP = 16
+NOT_TEXT = "holds a NUL or half a surrogate pair; it must be Unicode text"
 # Small models fill free whitespace without end; llguidance reads this out of a schema.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -54,8 +56,7 @@ class Parameters:
         values = {field.name: getattr(defaults or cls(), field.name) for field in fields(cls)}
         for name, value in request.items():
             value = value.item() if isinstance(value, np.generic) else value
-            absent = value is None or isinstance(value, float) and np.isnan(value)
-            if absent or name == "schema" or isinstance(value, list) and not value:
+            if is_absent(value) or name == "schema":
                 continue
             if isinstance(value, float) and value.is_integer():  # a data frame's, or JSON's
                 value = int(value)
@@ -83,6 +84,12 @@ LIMITS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
 }
 
 
+def is_absent(value: Any) -> bool:
+    """Whether a field is as if it were not there: null, a data frame's NaN, an empty list."""
+    empty = isinstance(value, list) and not value
+    return value is None or empty or isinstance(value, float) and math.isnan(value)
+
+
 def stop_strings(stop: Any) -> tuple[str, ...]:
     """`stop` as a tuple: one string, or a list of them."""
     strings = [stop] if isinstance(stop, str) else stop
@@ -100,8 +107,12 @@ def require_text(name: str, text: Any) -> str:
     """The text, where it is one that the tokenizer can read."""
     if not isinstance(text, str):
         raise RequestError(f"{name} is {text!r}; it must be a string")
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise RequestError(f"{name} holds a NUL or half a surrogate pair; it must be Unicode text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name} {NOT_TEXT}") from error
+    if "\0" in text:
+        raise RequestError(f"{name} {NOT_TEXT}")
     return text
 
 
@@ -110,15 +121,15 @@ def json_schema(response_format: Any) -> str | None:
     kind = response_format.get("type") if isinstance(response_format, dict) else None
     if kind == "text":
         return None
-    if kind == "json_object":
-        return json.dumps({"type": "object", "x-guidance": JSON_STYLE})
-    if kind != "json_schema":
+    if kind not in ("json_object", "json_schema"):
         raise RequestError(
             f"response_format is {response_format!r}; its type must be text, json_object or "
             "json_schema"
         )
     wrapper = response_format.get("json_schema")
     schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
+    if kind == "json_object":
+        schema = {"type": "object"}
     if not isinstance(schema, dict):
         raise RequestError(
             f"response_format.json_schema.schema is {schema!r}; it must be a JSON schema"

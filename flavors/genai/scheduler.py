@@ -13,13 +13,12 @@ from queue import SimpleQueue
 import numpy as np
 
 from flavors.genai.cores import Turn
-from flavors.genai.decoder import Decoder, Row
+from flavors.genai.decoder import PROMPT_PIECE, Decoder, Row
 from flavors.genai.parameters import Parameters
 from flavors.genai.sampling import Sampler, log_softmax
 from flavors.genai.tokenizer import TextStream
 
-# Tokens of prompts per turn of the loop: alone, and while others are being answered.
-PREFILL_ALONE, PREFILL_AMONG_OTHERS = 256, 64
+PIECE_AMONG_OTHERS = 64  # tokens of prompts per turn while others are being answered
 
 
 class Busy(RuntimeError):
@@ -64,7 +63,7 @@ class Sequence:
     choice: int = 0
     streamed: bool = False
     cancelled: bool = False
-    row: Row | None = None
+    row: Row = field(init=False)  # once it is open
     cached_tokens: int = 0
     generated: int = 0
     pieces: list[str] = field(default_factory=list)
@@ -157,12 +156,12 @@ class Scheduler:
 
     def read_prompts(self) -> None:
         """Compute a piece of the prompts that wait, smaller while others are being answered."""
-        budget = PREFILL_AMONG_OTHERS if self.active else PREFILL_ALONE
+        budget = PIECE_AMONG_OTHERS if self.active else PROMPT_PIECE
         while budget > 0:
             if self.reading is None and not self.open_next():
                 return
             sequence = self.reading
-            assert sequence is not None and sequence.row is not None
+            assert sequence is not None
             left = sequence.prompt[len(sequence.row.tokens) :]
             piece = left[:budget]
             logits = self.decoder.extend(sequence.row, piece)
@@ -192,7 +191,7 @@ class Scheduler:
 
     def decode(self) -> None:
         """Compute one token of every active sequence, and choose the next."""
-        rows = [sequence.row for sequence, _ in self.active if sequence.row is not None]
+        rows = [sequence.row for sequence, _ in self.active]
         logits = self.decoder.step(rows, [token for _, token in self.active])
         sequences, self.active = [sequence for sequence, _ in self.active], []
         self.advance(sequences, logits)
@@ -225,8 +224,7 @@ class Scheduler:
     def close(self, sequences: list[Sequence]) -> None:
         for sequence in reversed(sequences):  # the last rows first: fewer have to move
             self.open.remove(sequence)
-            if sequence.row is not None:
-                self.decoder.close(sequence.row)
+            self.decoder.close(sequence.row)
 
     def fail(self, error: Exception) -> None:
         """Give everyone under way the error; who waits has another chance."""

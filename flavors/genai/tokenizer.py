@@ -19,12 +19,11 @@ class Tokenizer:
 
     def __init__(self, folder: Path, genai_config: dict[str, Any]) -> None:
         self.context_length: int = genai_config["model"]["context_length"]
-        self.vocabulary_size: int = genai_config["model"]["vocab_size"]
         config = og.Config(str(folder))
         config.clear_providers()
         without_weights = {"filename": "sampler.onnx", "num_hidden_layers": 0}
         config.overlay(json.dumps({"model": {"decoder": without_weights}}))
-        config.add_model_data("sampler.onnx", constant_graph(self.vocabulary_size))
+        config.add_model_data("sampler.onnx", constant_graph(genai_config["model"]["vocab_size"]))
         self.model = og.Model(config)
         self.tokenizer = og.Tokenizer(self.model)
         self.end_tokens = frozenset(int(token) for token in self.tokenizer.eos_token_ids)
