@@ -38,12 +38,25 @@ def require_name(key: str, name: str) -> None:
         raise ValueError(f"{key} is {name!r}; it must be letters, digits, dots, _ and -.")
 
 
+class Baseline(enum.Enum):
+    """What a gate's bounds are: constants, or factors of another model's value of the metric."""
+
+    constant = "constant"
+    checkpoint = "checkpoint"
+    champion = "champion"
+
+
 @dataclass
 class Gate:
-    """The bounds, inclusive, that a metric has to keep; a missing or NaN metric keeps none."""
+    """The bounds, inclusive, that a metric has to keep; a missing or NaN metric keeps none.
+
+    `metric` is the gate's name unless given: two gates may bound one metric, of two baselines.
+    """
 
     min: float | None = None
     max: float | None = None
+    of: Baseline = Baseline.constant
+    metric: str | None = None
 
 
 @dataclass
