@@ -42,6 +42,7 @@ PARAMETERS = {
     "log_transformers": ["model", "target", "source"],
     "evaluate": ["model", "target", "candidate", "reference"],
     "register": ["model", "target", "source"],
+    "rollback": ["model", "target", "reason"],
 }
 
 HYDRA_FLAGS = (

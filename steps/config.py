@@ -38,6 +38,18 @@ def require_name(key: str, name: str) -> None:
         raise ValueError(f"{key} is {name!r}; it must be letters, digits, dots, _ and -.")
 
 
+def require_template(key: str, template: str, *fields: str) -> None:
+    """Raise ValueError unless the template makes names; it may hold model, interface, `fields`."""
+    valid = dict.fromkeys(("model", *fields, "interface"), "x")
+    try:
+        require_name(key, template.format(**valid))
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
+        known = ", ".join(f"{{{field}}}" for field in valid)
+        raise ValueError(
+            f"{key} is {template!r}; it must be letters, digits, dots, _ and -, and of {known}."
+        ) from error
+
+
 class Baseline(enum.Enum):
     """What a gate's bounds are: constants, or factors of another model's value of the metric."""
 
@@ -152,9 +164,31 @@ class Evaluate:
 
 @dataclass
 class Register:
-    """The alias that a passing pair of versions gets."""
+    """The names of registered models, and what keeps a challenger from becoming champion.
 
-    alias: str = "champion"
+    The templates may hold {model}, {target} and {interface}; the reference, the checkpoint, is of
+    no target. `catalog` is Unity Catalog's `catalog.schema`. `margins` are factors of the
+    champion's metrics.
+    """
+
+    name_template: str = MISSING
+    reference_name_template: str = MISSING
+    catalog: str | None = None
+    failed: bool = False
+    margins: dict[str, Gate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_template("register.name_template", self.name_template, "target")
+        require_template("register.reference_name_template", self.reference_name_template)
+        if self.catalog is not None and not re.fullmatch(r"[\w-]+\.[\w-]+", self.catalog):
+            raise ValueError(
+                f"register.catalog is {self.catalog!r}; it must be Unity Catalog's catalog.schema."
+            )
+        for name, margin in self.margins.items():
+            if margin.of is not Baseline.champion:
+                raise ValueError(
+                    f"register.margins.{name} is of the {margin.of.value}; it must be of: champion."
+                )
 
 
 @dataclass
@@ -168,7 +202,8 @@ class Paths:
 class Config:
     """Everything that a step may read. `source`, `candidate` and `reference` are URIs.
 
-    `candidate` may be several, with + between: the interfaces of one ONNX model.
+    `candidate` may be several, with + between: the interfaces of one ONNX model. `reason` says why
+    to roll back.
     """
 
     model: Model = field(default_factory=Model)
@@ -180,6 +215,7 @@ class Config:
     source: str | None = None
     candidate: str | None = None
     reference: str | None = None
+    reason: str | None = None
 
 
 ConfigStore.instance().store(name="schema", node=Config)
