@@ -39,7 +39,7 @@ def require_name(key: str, name: str) -> None:
 
 
 def require_template(key: str, template: str, *fields: str) -> None:
-    """Raise ValueError unless the template makes names, of the model, the interface and `fields`."""
+    """Raise ValueError unless the template makes names; it may hold model, interface, `fields`."""
     valid = dict.fromkeys(("model", *fields, "interface"), "x")
     try:
         require_name(key, template.format(**valid))
@@ -217,7 +217,7 @@ class Register:
         require_template("register.reference_name_template", self.reference_name_template)
         if self.catalog is not None and not re.fullmatch(r"[\w-]+\.[\w-]+", self.catalog):
             raise ValueError(
-                f"register.catalog is {self.catalog!r}; it must be catalog.schema, of Unity Catalog."
+                f"register.catalog is {self.catalog!r}; it must be Unity Catalog's catalog.schema."
             )
         for name, margin in self.margins.items():
             if margin.of is not Baseline.champion:

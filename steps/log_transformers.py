@@ -56,7 +56,8 @@ def log_transformers(
             model_config={"do_sample": True},
             pip_requirements=requirements,
             input_example={
-                "messages": [{"role": "user", "content": "What is the capital of France?"}]
+                "messages": [{"role": "user", "content": "What is the capital of France?"}],
+                "max_tokens": 16,
             },
             model_card=ModelCard(f"---\nlicense: {licence}\n---\n# {config.model.name}\n"),
             metadata={

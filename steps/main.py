@@ -110,6 +110,8 @@ def show(outcomes: dict[str, dict[str, Any]]) -> None:
         console.print(
             f"Registered  {version['name']} version {version['version']}{alias}", soft_wrap=True
         )
+    if evaluation["verdict"] == "passed" and not registration["promoted"]:
+        console.print(f"Not champion: {'; '.join(registration['reasons'])}", soft_wrap=True)
     console.print(f"Report      {evaluation['report']}", soft_wrap=True)
     tracking, mlflow_command = (
         shown_tracking_uri(),

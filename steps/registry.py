@@ -67,7 +67,8 @@ def turn(client: MlflowClient, names: list[str], holder: str) -> Iterator[None]:
     A tag that nobody renewed for LEASE_S is that of a process that died, and is deleted. Who was
     suspended for longer and wakes up can thus still write: MLflow has nothing to fence it off with.
     """
-    mine, seen = PROMOTING + holder, dict[tuple[str, str], tuple[str, float]]()
+    mine = PROMOTING + holder
+    seen: dict[tuple[str, str], tuple[str, float]] = {}  # the tags of others, and since when
 
     def announce() -> None:
         for name in names:

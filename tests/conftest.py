@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from steps.config import CONF, ROOT, Config
+from steps.config import CONF, ROOT, Config, Interface
+from steps.provenance import read_provenance
 
 MODEL = "smollm2-135m-instruct"
 TARGET = "cpu-int4-rtn-block-32-acc-level-4"
@@ -188,3 +190,56 @@ def tracking(project: Project) -> Iterator[None]:
         yield
     finally:
         mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="session")
+def generations(packaged: Project, onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Three generations of packaged's model in a registry of their own; `made` holds evaluations.
+
+    The first is champion. The others came too late: evaluated before there was a champion, and
+    registered after. `first.db` is the store before they were registered.
+    """
+    from steps.log_pyfunc import log_interface, runtime_requirements
+    from steps.register import register
+
+    folder = tmp_path_factory.mktemp("generations")
+    copy_store(packaged.folder / "mlflow.db", folder)
+    evaluation = packaged.made["evaluate"] | {"champion": "", "champion_metrics": {}}
+    evaluation |= {"conditions": "one machine", "model_card": "# Card", "gates": []}
+    project = Project(folder, {"1": evaluation})
+    for model in project.client.search_registered_models():
+        project.client.delete_registered_model(model.name)
+    provenance = read_provenance(onnx)
+    with tracking(project):
+        for generation, max_tokens in (("2", 200), ("3", 300)):
+            config = composed(f"log_pyfunc.max_tokens={max_tokens}")
+            requirements = runtime_requirements(config.target.runtime_package)
+            with mlflow.start_run(experiment_id="1"):
+                logged = [
+                    log_interface(interface, onnx, provenance, requirements, config)
+                    for interface in (Interface.chat, Interface.prompt)
+                ]
+            candidates = [f"models:/{model['model_id']}" for model in logged]
+            project.made[generation] = evaluation | {"candidates": candidates}
+        for generation, made in project.made.items():
+            register(made, composed().register, f"generation-{generation}")
+            if generation == "1":
+                copy_store(folder / "mlflow.db", folder / "first")
+    return project
+
+
+@pytest.fixture
+def registry(generations: Project, tmp_path: Path) -> Project:
+    """A copy of the three generations' registry, for a test that changes it."""
+    copy_store(generations.folder / "mlflow.db", tmp_path)
+    return Project(tmp_path, generations.made)
+
+
+def copy_store(database: Path, folder: Path) -> None:
+    """Copy MLflow's SQLite store; the files that it names stay where they are."""
+    folder.mkdir(exist_ok=True)
+    with (
+        contextlib.closing(sqlite3.connect(database)) as source,
+        contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as copy,
+    ):
+        source.backup(copy)

@@ -1,0 +1,230 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steps.config import ROOT, Register
+from steps.registry import ANSWERED, SUCCEEDS, registered_name
+from tests.conftest import Project, composed, tracking
+from tests.registry_state import (
+    CHAT,
+    CHECKPOINT,
+    PROMPT,
+    aliases,
+    go_back,
+    killed_before_each_write,
+    register,
+    seen,
+    state,
+)
+
+
+def test_the_first_that_passes_is_champion_with_its_checkpoint(generations: Project) -> None:
+    for name in (CHAT, PROMPT, CHECKPOINT):
+        version = generations.client.get_model_version_by_alias(name, "champion")
+        assert int(version.version) == 1 and version.tags[SUCCEEDS] == "none"
+        assert version.tags[ANSWERED] == "true"
+
+
+def test_a_version_says_how_it_measured_and_shows_its_card(generations: Project) -> None:
+    version = generations.client.get_model_version(CHAT, "1")
+    metrics = json.loads(version.tags["metrics"])
+    assert metrics["perplexity_ratio"] == pytest.approx(
+        generations.made["1"]["candidate_metrics"]["perplexity_ratio"], rel=1e-5
+    )
+    assert version.tags["conditions"] == "one machine"
+    assert version.description == "# Card"
+
+
+def test_who_was_evaluated_before_the_champion_stays_challenger(registry: Project) -> None:
+    registration = register(registry, registry.made["3"])
+    assert not registration.promoted and registration.versions[0]["alias"] == "challenger"
+    words = "version 1 became champion since it was evaluated; evaluate it again"
+    assert registration.reasons == [words]
+    assert aliases(registry) == {"champion": "1", "challenger": "3"}
+
+
+def test_who_is_no_worse_becomes_champion_and_all_its_versions_with_it(registry: Project) -> None:
+    registration = register(registry, seen(registry.made["2"], "1"))
+    assert registration.promoted and registration.uri == f"models:/{CHAT}@champion"
+    for name in (CHAT, PROMPT):
+        assert aliases(registry, name) == {"champion": "2", "previous": "1", "challenger": "3"}
+        assert registry.client.get_model_version(name, "2").tags[SUCCEEDS] == "1"
+    assert aliases(registry, CHECKPOINT) == {"champion": "1"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "factor", "words"),
+    [
+        ("decode_tokens_per_s", 2.0, "(0.85 of the champion's)"),
+        ("perplexity_ratio", 0.5, "(1.02 of the champion's)"),
+        ("kl_divergence", float("nan"), "kl_divergence was not measured of the champion"),
+    ],
+)
+def test_a_slower_or_worse_one_does_not_replace_the_champion(
+    registry: Project, metric: str, factor: float, words: str
+) -> None:
+    registration = register(registry, seen(registry.made["3"], "1", **{metric: factor}))
+    [reason] = registration.reasons
+    assert reason.startswith(metric) and words in reason
+    assert not registration.promoted and registration.uri == f"models:/{CHAT}/3"
+    assert aliases(registry) == {"champion": "1", "challenger": "3"}
+
+
+def test_a_superseded_version_does_not_take_the_champion_back(registry: Project) -> None:
+    register(registry, seen(registry.made["2"], "1"))
+    before = state(registry)
+    registration = register(registry, registry.made["1"])
+    assert not registration.promoted and registration.versions[0]["alias"] == ""
+    assert "version 2 became champion" in registration.reasons[0]
+    assert state(registry) == before
+
+
+def test_an_older_one_does_not_displace_a_newer_challenger(registry: Project) -> None:
+    before = state(registry)
+    register(registry, registry.made["2"])
+    assert state(registry) == before
+
+
+def test_the_same_evaluation_again_changes_nothing(registry: Project) -> None:
+    evaluation = seen(registry.made["2"], "1")
+    register(registry, evaluation)
+    before = state(registry)
+    assert register(registry, evaluation).promoted
+    assert state(registry) == before
+
+
+def test_a_new_measurement_of_the_same_content_is_brought_onto_its_version(
+    registry: Project,
+) -> None:
+    evaluation = registry.made["1"] | {"conditions": "another machine", "model_card": "# New"}
+    register(registry, evaluation)
+    version = registry.client.get_model_version(CHAT, "1")
+    assert (version.tags["conditions"], version.description) == ("another machine", "# New")
+
+
+def test_an_interface_that_is_registered_later_follows_the_champion(registry: Project) -> None:
+    chat, prompt = registry.made["2"]["candidates"]
+    evaluation = seen(registry.made["2"], "1")
+    register(registry, evaluation | {"candidates": [chat]})
+    assert aliases(registry, PROMPT)["champion"] == "1"
+    register(registry, evaluation)
+    assert aliases(registry, PROMPT)["champion"] == "2"
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_what_failed_is_registered_only_if_asked_for_and_gets_no_alias(
+    registry: Project, failed: bool
+) -> None:
+    evaluation = registry.made["2"] | {"verdict": "failed", "reasons": ["it loops"]}
+    before = state(registry)
+    process = run_register(registry, evaluation, f"register.failed={str(failed).lower()}")
+    if failed:
+        assert process.returncode == 0, process.stderr
+        assert registry.client.get_model_version(CHAT, "4").tags["verdict"] == "failed"
+        assert "version 4 gets no alias: it loops" in process.stderr
+        assert aliases(registry) == {"champion": "1", "challenger": "3"}
+    else:
+        words = "register: not registered, the evaluation failed: it loops."
+        assert process.stderr.strip().endswith(words)
+        assert state(registry) == before
+
+
+def test_a_version_that_does_not_answer_is_no_challenger_and_the_run_fails(
+    registry: Project, generations: Project
+) -> None:
+    registry.client.delete_model_version_tag(CHAT, "3", ANSWERED)
+    location = registry.client.get_model_version(CHAT, "3").source
+    model = registry.client.get_logged_model(str(location).removeprefix("models:/"))
+    weights = Path(model.artifact_location.removeprefix("file://")) / "artifacts"
+    hidden = weights.rename(weights.with_name("hidden"))
+    try:
+        process = run_register(registry, seen(registry.made["3"], "1"))
+    finally:
+        hidden.rename(weights)
+    assert process.returncode == 1
+    assert f"register: registered but not promoted: models:/{CHAT}/3" in process.stderr
+    assert aliases(registry) == aliases(registry, PROMPT) == {"champion": "1"}
+
+
+def test_of_two_registers_at_once_exactly_one_wins_and_the_loser_says_so(
+    registry: Project, tmp_path: Path
+) -> None:
+    processes = [
+        start_register(registry, seen(registry.made[generation], "1")) for generation in ("2", "3")
+    ]
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    winner = int(aliases(registry)["champion"])
+    loser = 5 - winner
+    assert f"{CHAT} version {winner} is champion" in said[winner - 2]
+    words = f"version {loser} stays challenger: version {winner} became champion since"
+    assert words in said[loser - 2]
+    expected = {"champion": str(winner), "previous": "1", "challenger": str(loser)}
+    assert aliases(registry) == aliases(registry, PROMPT) == expected
+
+
+def test_a_register_that_was_killed_anywhere_ends_as_one_that_was_not(
+    generations: Project, tmp_path: Path
+) -> None:
+    first = Project(generations.folder / "first", generations.made)
+    *states, undisturbed = killed_before_each_write(first, register_second, tmp_path)
+    assert len(states) > 20
+    assert all(state == undisturbed for state in states)
+    chat = undisturbed["models"][CHAT]
+    assert chat == ({"champion": 2, "previous": 1}, {})
+
+
+def test_names_follow_the_template_and_unity_catalog_has_no_dots_in_them() -> None:
+    metadata = {"model": "phi-3.5", "interface": "chat", "provenance": {"target": "cpu"}}
+    settings = composed("register.catalog=prod.llm").register
+    assert registered_name(metadata, settings) == "prod.llm.phi-3_5-cpu-chat"
+    settings = composed("register.name_template='{interface}_{model}'").register
+    assert registered_name(metadata, settings) == "chat_phi-3.5"
+    assert registered_name({**metadata, "provenance": {}}, settings) == "phi-3.5-transformers"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name_template": "{modle}"}, "register.name_template is '{modle}'; it must be"),
+        ({"name_template": ""}, "register.name_template is ''"),
+        ({"name_template": "a/{model}"}, "and of {model}, {target}, {interface}"),
+        ({"reference_name_template": "{target}"}, "register.reference_name_template is"),
+        ({"catalog": "main"}, "register.catalog is 'main'; it must be"),
+    ],
+)
+def test_a_wrong_template_is_refused_with_its_key(change: dict[str, str], words: str) -> None:
+    valid = {"name_template": "{model}", "reference_name_template": "{model}"}
+    with pytest.raises(ValueError, match=words.replace("{", r"\{")):
+        Register(**(valid | change))  # type: ignore[arg-type]
+
+
+def test_interfaces_need_names_of_their_own(registry: Project) -> None:
+    process = run_register(registry, registry.made["2"], "register.name_template='{model}'")
+    assert process.returncode == 1
+    assert "Put {interface} into the template." in process.stderr
+
+
+def run_register(
+    project: Project, evaluation: dict, *overrides: str
+) -> subprocess.CompletedProcess[str]:
+    process = start_register(project, evaluation, *overrides)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def start_register(project: Project, evaluation: dict, *overrides: str) -> subprocess.Popen[str]:
+    """`register` as a process of its own, given what evaluate leaves."""
+    file = project.folder / f"{evaluation['candidates'][0][-8:]}.json"
+    file.write_text(json.dumps({"outcome": evaluation}))
+    command = [sys.executable, "-m", "steps.register", f"source={file}", *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=project.environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def register_second(project: Project) -> None:
+    assert register(project, seen(project.made["2"], "1")).promoted
