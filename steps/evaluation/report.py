@@ -108,7 +108,9 @@ def write_report(
 def rows(evaluation: dict[str, Any], about: dict[str, Any]) -> list[tuple[str, ...]]:
     """Of each metric: label, candidate, its interval, checkpoint, champion, two comparisons."""
     found: list[tuple[str, ...]] = []
-    for metric, (name, digits, more_is_better) in METRICS.items():
+    measured = evaluation["candidate_metrics"] | evaluation["reference_metrics"]
+    of_harness = {metric: (metric, 3, None) for metric in measured if "/" in metric}
+    for metric, (name, digits, more_is_better) in {**METRICS, **of_harness}.items():
         values = {side: evaluation[f"{side}_metrics"].get(metric) for side in SIDES}
         if all(value is None for value in values.values()):
             continue
