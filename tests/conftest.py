@@ -237,7 +237,7 @@ def registry(generations: Project, tmp_path: Path) -> Project:
 
 def copy_store(database: Path, folder: Path) -> None:
     """Copy MLflow's SQLite store; the files that it names stay where they are."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with (
         contextlib.closing(sqlite3.connect(database)) as source,
         contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as copy,
