@@ -1,8 +1,10 @@
 """What the tests of register and rollback share: evaluations, what a registry holds, kills."""
 
+import json
 import multiprocessing
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 import steps.register
+from steps.config import ROOT
 from steps.registry import aliases_of
 from steps.rollback import rollback
 from tests.conftest import MODEL, TARGET, Project, composed, copy_store, tracking
@@ -31,6 +34,16 @@ def register(
         return steps.register.register(evaluation, settings, os.urandom(8).hex())
 
 
+def start_register(project: Project, evaluation: dict[str, Any]) -> subprocess.Popen[str]:
+    """`register` as a process of its own, given what evaluate leaves."""
+    file = project.folder / f"{evaluation['candidates'][0][-8:]}.json"
+    file.write_text(json.dumps({"outcome": evaluation}))
+    command = [sys.executable, "-m", "steps.register", f"source={file}"]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=project.environment, stderr=subprocess.PIPE, text=True
+    )
+
+
 def seen(evaluation: dict[str, Any], champion: str, **metrics: float) -> dict[str, Any]:
     """An evaluation that saw a champion as good as itself but for `metrics`, factors."""
     own = evaluation["candidate_metrics"]
@@ -46,7 +59,8 @@ def state(project: Project) -> dict[str, Any]:
     """Everything that a registry says: aliases, tags, versions, and the logged models' links."""
     client = project.client
     versions = client.search_model_versions()
-    models = client.search_logged_models(["1"])
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    models = client.search_logged_models(experiments)
     return {
         "models": {m.name: (m.aliases, m.tags) for m in client.search_registered_models()},
         "versions": {(v.name, v.version): (v.tags, v.description, v.source) for v in versions},

