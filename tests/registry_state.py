@@ -120,7 +120,7 @@ def run(work: Callable[[Project], object], project: Project) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("steps.registry.LEASE_S", 0.3)
         # The proof writes nothing; `generations` ran it on the same models.
-        proven = subprocess.CompletedProcess([], 0)
+        proven: Any = subprocess.CompletedProcess([], 0)
         patch.setattr("steps.register.subprocess.run", lambda *_, **__: proven)
         work(project)
     return state(project)
