@@ -47,6 +47,7 @@ from steps.step import local_path, run_step
 
 log = logging.getLogger("steps.register")
 
+CODE = ("register.py", "registry.py", "gates.py", "ask.py")
 # What MLflow's stores hold of a tag or description, in characters.
 LIMIT = 5000
 # The tags that a version of the same content takes from a later evaluation with the same verdict.
@@ -393,7 +394,7 @@ def main(config: Config) -> Registration:
             "register": asdict(config.register),
             "registry": mlflow.get_registry_uri(),
         },
-        code=[ROOT / "steps" / name for name in ("register.py", "registry.py", "ask.py")],
+        code=[ROOT / "steps" / name for name in CODE],
         work=work,
         still_there=is_registered,
     )
