@@ -142,24 +142,59 @@ class LogPyfunc:
 
 
 @dataclass
-class Evaluate:
-    """How much to measure, and the gates of the verdict.
+class Harness:
+    """Tasks of EleutherAI's lm-evaluation-harness, by name; none needs it installed.
 
-    `texts` and `prompts` are JSON Lines, relative to the project: `{"kind", "language", "text"}`
-    and `{"messages"}`. `kinds` and `languages` pick texts (empty: all); `max_tokens` bounds the
-    tokens scored; `window` is the context, in tokens, that they are scored in. `repeats` counts the
-    timed answers of `max_new_tokens`.
+    `limit` bounds the examples of each (null: all); `include` is a folder of task files of one's
+    own.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    include: str | None = None
+
+
+@dataclass
+class Evaluate:
+    """What to measure, how much of it, and the gates of the verdict.
+
+    `texts` is a file of texts to score (steps/evaluation/data.py), each in `text_column`; `kinds`
+    and `languages` pick texts (empty: all), `max_tokens` bounds the tokens scored, `window` is the
+    context, in tokens, that they are scored in. `prompts` is a file of prompts to answer
+    (steps/evaluation/tasks.py), of which the first `max_prompts` are taken (null: all). Times are
+    those of `repeats` answers of `max_new_tokens` at each of `prompt_lengths`, in tokens, and of
+    one batch of `batch_size`.
+
+    The champion's metrics are read from its version where they were measured under the same
+    conditions, and measured again where not; `remeasure_champion` always measures.
     """
 
     texts: str = MISSING
-    prompts: str = MISSING
+    text_column: str = "text"
     kinds: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
     max_tokens: int = MISSING
     window: int = MISSING
-    max_new_tokens: int = MISSING
+    prompts: str = MISSING
+    max_prompts: int | None = None
+    prompt_lengths: list[int] = MISSING
     repeats: int = MISSING
+    max_new_tokens: int = MISSING
+    batch_size: int = MISSING
+    harness: Harness = field(default_factory=Harness)
+    remeasure_champion: bool = False
     gates: dict[str, Gate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        smallest = {"max_tokens": 2, "window": 2, "repeats": 1, "max_new_tokens": 2}
+        for key, least in {**smallest, "batch_size": 1, "max_prompts": 1}.items():
+            value = getattr(self, key)
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"evaluate.{key} is {value}; it must be at least {least}.")
+        if not self.prompt_lengths or any(
+            isinstance(length, int) and length < 1 for length in self.prompt_lengths
+        ):
+            raise ValueError("evaluate.prompt_lengths must hold lengths in tokens, at least one.")
 
 
 @dataclass

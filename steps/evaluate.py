@@ -4,241 +4,209 @@
 
 Of an ONNX model logged with several interfaces, `candidate` is their URIs with + between: one is
 measured, the chat interface if it is there, and the verdict is that of their common weights. Each
-model is loaded by its URI in a process of its own (steps/measure.py). The verdict is `passed`,
-`failed` (a gate was not kept) or `not_evaluated` (this machine lacks the candidate's execution
-provider).
+model is loaded by its URI in a process of its own (steps/evaluation/measure.py), and so is the
+champion, where the registry has one that was not measured under the same conditions. The verdict is
+`passed`, `failed` (a gate was not kept) or `not_evaluated` (this machine lacks the candidate's
+execution provider).
 """
 
-import json
 import logging
-import math
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.models.model import ModelInfo
+import pandas as pd
+from mlflow.data.pandas_dataset import from_pandas
+from mlflow.entities.model_registry import ModelVersion
 
 from steps.command import entry_point
-from steps.config import ROOT, Config, Evaluate, Gate
-from steps.provenance import digest_file, digest_of
-from steps.report import write_report
+from steps.config import ROOT, Baseline, Config
+from steps.evaluation.data import read_prompts, read_texts
+from steps.evaluation.harness import require_harness
+from steps.evaluation.measurements import (
+    LIBRARIES,
+    Inputs,
+    conditions_of,
+    machine,
+    measure_all,
+    version_uri,
+)
+from steps.evaluation.report import write_report
+from steps.evaluation.tasks import accuracy, show_answers
+from steps.gates import explain, judge
+from steps.registry import CHAMPION, registered_name, version_with_alias
 from steps.step import run_step, versions
 
 log = logging.getLogger("steps.evaluate")
 
-CODE = ("evaluate.py", "measure.py", "report.py", "report.html.j2")
-LIBRARIES = ("mlflow", "onnxruntime-genai", "onnxruntime", "transformers", "torch")
+CODE = [ROOT / "steps" / name for name in ("evaluate.py", "gates.py", "evaluation")]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured of two logged models, and the verdict.
 
-    `candidates` are the interfaces of one ONNX model, the measured one first. `gates` are dicts of
-    metric, value, min, max and passed; `reasons` say in words what keeps the verdict from `passed`.
-    `answers` are dicts of prompt, candidate and reference.
+    `candidates` are the interfaces of one ONNX model, the measured one first; `champion` is the
+    version `models:/name/version` that stood against it, "" for none. `gates` are those of
+    steps/gates.py; `reasons` say in words what keeps the verdict from `passed`. `intervals` are the
+    candidate's, of 95 %. `answers` are dicts of messages, expectations, candidate and reference.
+    Metrics that were measured under the same `conditions` can be compared. `model_card` is text in
+    Markdown, `report` the path of a page.
     """
 
     uri: str
     candidates: list[str]
     reference: str
+    champion: str
     verdict: str
     reasons: list[str]
     gates: list[dict[str, Any]]
     candidate_metrics: dict[str, float]
     reference_metrics: dict[str, float]
-    answers: list[dict[str, str]]
+    champion_metrics: dict[str, float]
+    intervals: dict[str, list[float]]
+    answers: list[dict[str, Any]]
+    conditions: str
     report: str
+    model_card: str
 
 
-def evaluate(candidates: list[str], reference: str, config: Config, folder: Path) -> Evaluation:
-    """Measure reference and candidate in turn, judge, and write report.html."""
-    texts, candidate = read_texts(config.evaluate), candidates[0]
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        log.info("evaluate: measuring the reference %s", reference)
-        left = measure(reference, texts, Path(scratch) / "reference")
-        log.info("evaluate: measuring the candidate %s", candidate)
-        right = measure(candidate, texts, Path(scratch) / "candidate", Path(scratch) / "reference")
-    reference_metrics = {**left["metrics"], "size_mb": logged_size_mb(reference)}
-    prompts = [messages[-1]["content"] for messages in texts["prompts"]]
-    if unavailable := right.get("unavailable"):
-        verdict, reasons, gates = (
-            "not_evaluated",
-            [f"this machine cannot run the candidate: {unavailable}"],
-            [],
-        )
-        candidate_metrics, answered = {}, [""] * len(prompts)
+def evaluate(inputs: Inputs, config: Config, folder: Path) -> Evaluation:
+    """Measure, judge, and write the report."""
+    measured = measure_all(inputs, config.evaluate, folder.parent)
+    candidate, checkpoint, champion = measured.candidate, measured.checkpoint, measured.champion
+    answers = answers_of(inputs.prompts, candidate.answers, checkpoint.answers)
+    for found, side in ((candidate, "candidate"), (checkpoint, "reference")):
+        found.metrics |= accuracy(answers, side) if found.answers else {}
+    gates: list[dict[str, Any]] = []
+    if candidate.unavailable:
+        verdict = "not_evaluated"
+        reasons = [f"this machine cannot run the candidate: {candidate.unavailable}"]
     else:
-        candidate_metrics = {**right["metrics"], "size_mb": logged_size_mb(candidate)}
-        answered = right["answers"]
-        gates = judge(candidate_metrics, {**config.evaluate.gates, **config.model.gates})
-        reasons = [explain_gate(gate) for gate in gates if not gate["passed"]]
+        baselines = {
+            Baseline.checkpoint: checkpoint.metrics,
+            Baseline.champion: champion.metrics if inputs.champion else None,
+        }
+        gates = judge({**config.evaluate.gates, **config.model.gates}, candidate.metrics, baselines)
+        reasons = reasons_of(gates, candidate.failures)
         verdict = "failed" if reasons else "passed"
-    answers = zip(prompts, answered, left["answers"], strict=True)
-    evaluation = Evaluation(
-        uri=str(folder),
-        candidates=candidates,
-        reference=reference,
-        verdict=verdict,
-        reasons=reasons,
-        gates=gates,
-        candidate_metrics=candidate_metrics,
-        reference_metrics=reference_metrics,
-        answers=[
-            dict(zip(("prompt", "candidate", "reference"), row, strict=True)) for row in answers
-        ],
-        report=str(folder / "report.html"),
-    )
-    write_report(asdict(evaluation), config, versions(*LIBRARIES), folder / "report.html")
-    return evaluation
-
-
-def read_texts(config: Evaluate) -> dict[str, Any]:
-    """What the measuring processes get: texts to score, prompts to answer and to time."""
-    rows = read_jsonl(config.texts, "text")
-    if config.kinds:
-        rows = [row for row in rows if row.get("kind") in config.kinds]
-    if config.languages:
-        rows = [row for row in rows if row.get("language") in config.languages]
-    if not rows:
-        raise ValueError(
-            f"{config.texts} has no text of kinds {config.kinds} and languages {config.languages}."
-        )
-    topics = [
-        "a lighthouse",
-        "a market",
-        "a long train journey",
-        "an old library",
-        "a garden",
-        "a storm",
-        "a bridge",
-    ]
-    return {
-        "texts": [row["text"] for row in rows],
-        "prompts": [row["messages"] for row in read_jsonl(config.prompts, "messages")],
-        "speed_prompts": [
-            f"Here is a passage. {rows[i % len(rows)]['text'][:600]} "
-            f"Now write a long story about {topics[i % len(topics)]}."
-            for i in range(config.repeats)
-        ],
-        "window": config.window,
-        "max_tokens": config.max_tokens,
-        "max_new_tokens": config.max_new_tokens,
+    facts: dict[str, Any] = {
+        "candidates": inputs.candidates,
+        "reference": inputs.reference,
+        "champion": version_uri(inputs.champion),
+        "verdict": verdict,
+        "reasons": reasons,
+        "gates": gates,
+        "candidate_metrics": candidate.metrics,
+        "reference_metrics": checkpoint.metrics,
+        "champion_metrics": champion.metrics,
+        "intervals": candidate.intervals,
+        "answers": answers,
+        "conditions": conditions_of(inputs, config.evaluate),
     }
+    about = {
+        "series": {"candidate": candidate.series, "reference": checkpoint.series},
+        "machine": machine(),
+        "versions": versions(*LIBRARIES),
+        "digests": weight_digests(inputs.candidates[0], inputs.reference),
+        "texts": len(inputs.texts),
+    }
+    report, card = write_report(facts, about, config, folder)
+    return Evaluation(uri=str(folder), report=str(report), model_card=card, **facts)
 
 
-def read_jsonl(path: str, key: str) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file, each of which must have `key`."""
-    file = ROOT / Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist. Set evaluate.{'texts' if key == 'text' else 'prompts'}."
-        )
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-        if not isinstance(row, dict) or not row.get(key):
-            raise ValueError(f"{path}, line {number} has no {key!r}.")
-        rows.append(row)
-    return rows
-
-
-def measure(
-    uri: str, texts: dict[str, Any], out: Path, reference: Path | None = None
-) -> dict[str, Any]:
-    """Run steps/measure.py on a logged model in a process of its own."""
-    out.mkdir()
-    (out / "texts.json").write_text(json.dumps(texts))
-    command = [
-        sys.executable,
-        "-m",
-        "steps.measure",
-        uri,
-        "--texts",
-        str(out / "texts.json"),
-        "--out",
-        str(out),
+def answers_of(
+    prompts: list[dict[str, Any]], candidate: list[str], reference: list[str]
+) -> list[dict[str, Any]]:
+    """Each prompt with both answers, "" where a model gave none."""
+    return [
+        {
+            "messages": prompt["inputs"]["messages"],
+            "expectations": prompt.get("expectations") or {},
+            "candidate": candidate[i] if candidate else "",
+            "reference": reference[i] if reference else "",
+        }
+        for i, prompt in enumerate(prompts)
     ]
-    command += ["--reference", str(reference)] if reference else []
-    process = subprocess.run(command, cwd=ROOT)
-    measured = out / "measured.json"
-    result = json.loads(measured.read_text()) if measured.is_file() else {}
-    if process.returncode or "error" in result:
-        reason = result.get("error", f"exit code {process.returncode}, see the lines above")
-        raise RuntimeError(f"measuring {uri} failed: {reason}")
-    return result
+
+
+def reasons_of(gates: list[dict[str, Any]], failures: dict[str, str]) -> list[str]:
+    """In words: the gates that were not kept, and what the candidate could not do at all."""
+    reasons, left = [], dict(failures)
+    for gate in gates:
+        if not gate["passed"]:
+            why = left.pop(gate["metric"], "")
+            reasons.append(explain(gate) + (f": {why}" if why else ""))
+    return reasons + [f"{part} could not be measured: {why}" for part, why in left.items()]
 
 
 def interfaces_of(uris: list[str]) -> list[str]:
     """The immutable URIs of one ONNX model's interfaces, the chat interface first."""
-    infos = {uri: mlflow.models.get_model_info(uri) for uri in uris}
-    metadata = {uri: info.metadata or {} for uri, info in infos.items()}
+    metadata = {uri: mlflow.models.get_model_info(uri).metadata or {} for uri in uris}
     first, *others = (facts.get("provenance") for facts in metadata.values())
     if any(provenance != first for provenance in others):
         raise ValueError(f"candidate={'+'.join(uris)}: these are not of the same ONNX model.")
-    chat_first = sorted(infos, key=lambda uri: metadata[uri].get("interface") != "chat")
-    return list(dict.fromkeys(logged_model_uri(uri, infos[uri]) for uri in chat_first))
+    chat_first = sorted(uris, key=lambda uri: metadata[uri].get("interface") != "chat")
+    return list(dict.fromkeys(logged_model_uri(uri) for uri in chat_first))
 
 
-def logged_model_uri(uri: str, info: ModelInfo) -> str:
+def logged_model_uri(uri: str) -> str:
     """The immutable `models:/m-…` behind a URI, which may be a version or an alias that moves."""
-    return f"models:/{info.model_id}" if info.model_id else uri
+    model_id = mlflow.models.get_model_info(uri).model_id
+    return f"models:/{model_id}" if model_id else uri
 
 
-def judge(metrics: dict[str, float], gates: dict[str, Gate]) -> list[dict[str, Any]]:
-    """Hold each gate against its metric; one that is missing or NaN fails."""
-    results = []
-    for metric, gate in gates.items():
-        value = metrics.get(metric, math.nan)
-        low, high = (
-            (-math.inf if gate.min is None else gate.min),
-            (math.inf if gate.max is None else gate.max),
-        )
-        results.append(
-            {
-                "metric": metric,
-                "value": value,
-                "min": gate.min,
-                "max": gate.max,
-                "passed": low <= value <= high,
-            }
-        )
-    return results
+def champion_against(candidate: str, config: Config) -> ModelVersion | None:
+    """The champion under the candidate's registered name, unless it is of the same content."""
+    metadata = mlflow.models.get_model_info(candidate).metadata or {}
+    name = registered_name(metadata, config.register)
+    champion = version_with_alias(mlflow.MlflowClient(), name, CHAMPION)
+    if champion is None or champion.tags.get("content") == metadata["content"]:
+        return None
+    return champion
 
 
-def explain_gate(gate: dict[str, Any]) -> str:
-    """A failed gate in words: the metric, its value, the bound, and by how much."""
-    metric, value = gate["metric"], gate["value"]
-    if math.isnan(value):
-        return f"{metric} was not measured"
-    if gate["max"] is not None and value > gate["max"]:
-        return f"{metric} is {value:.4g}, above {gate['max']:g} by {value - gate['max']:.4g}"
-    return f"{metric} is {value:.4g}, below {gate['min']:g} by {gate['min'] - value:.4g}"
+def weight_digests(*uris: str) -> dict[str, str]:
+    """SHA-256 of the models' weights, by file."""
+    digests: dict[str, str] = {}
+    for uri in uris:
+        digests |= (mlflow.models.get_model_info(uri).metadata or {})["provenance"]["files"]
+    weights = (".onnx", ".data", ".safetensors")
+    return {name: digest for name, digest in digests.items() if name.endswith(weights)}
 
 
-def logged_size_mb(uri: str) -> float:
-    """Size of a logged model's artifacts, in MB (10^6 bytes), as MLflow recorded it."""
-    return (mlflow.models.Model.load(uri).model_size_bytes or 0) / 1e6
-
-
-def publish(evaluation: Evaluation) -> None:
-    """Log the metrics to the run and to every logged model, the report to the run."""
-    measured = [(uri, evaluation.candidate_metrics) for uri in evaluation.candidates]
+def publish(evaluation: Evaluation, inputs: Inputs, config: Config) -> None:
+    """Log metrics to the run and to every logged model, tables, and the report to the run."""
+    texts = from_pandas(pd.DataFrame(inputs.texts), name=Path(config.evaluate.texts).name)
+    mlflow.log_input(texts, context="evaluation")
+    limits = {
+        f"{metric}_ci95_{side}": bound
+        for metric, interval in evaluation.intervals.items()
+        for side, bound in zip(("low", "high"), interval, strict=True)
+    }
+    candidate_metrics = {**evaluation.candidate_metrics, **limits}
+    measured = [(uri, candidate_metrics) for uri in evaluation.candidates]
     for uri, metrics in [*measured, (evaluation.reference, evaluation.reference_metrics)]:
-        mlflow.log_metrics(metrics, model_id=mlflow.models.get_model_info(uri).model_id)
-    mlflow.log_metrics(evaluation.candidate_metrics)
-    mlflow.log_metrics({f"reference_{k}": v for k, v in evaluation.reference_metrics.items()})
+        model_id = mlflow.models.get_model_info(uri).model_id
+        mlflow.log_metrics(metrics, model_id=model_id, dataset=texts)
+    mlflow.log_metrics(candidate_metrics)
+    for side in ("reference", "champion"):
+        metrics = getattr(evaluation, f"{side}_metrics")
+        mlflow.log_metrics({f"{side}_{name}": value for name, value in metrics.items()})
     mlflow.set_tags(
-        {"verdict": evaluation.verdict, "verdict_reasons": "; ".join(evaluation.reasons)}
+        {"verdict": evaluation.verdict, "verdict_reasons": "; ".join(evaluation.reasons)[:5000]}
     )
     mlflow.log_artifact(evaluation.report)
+    mlflow.log_text(evaluation.model_card, "model_card.md")
+    mlflow.log_table(pd.DataFrame(evaluation.answers).astype(str), "tables/answers.json")
+    if evaluation.gates:
+        mlflow.log_table(pd.DataFrame(evaluation.gates).astype(str), "tables/gates.json")
+    sides = ("candidate", "reference", "champion")
+    metrics_table = pd.DataFrame({s: getattr(evaluation, f"{s}_metrics") for s in sides})
+    mlflow.log_table(metrics_table.rename_axis("metric").reset_index(), "tables/metrics.json")
+    measured_model = mlflow.models.get_model_info(evaluation.candidates[0])
+    show_answers(evaluation.answers, measured_model.model_id)
 
 
 def main(config: Config) -> Evaluation:
@@ -248,27 +216,29 @@ def main(config: Config) -> Evaluation:
                 f"{parameter} is missing: pass the URI that {made_by} ended with, "
                 f"as {parameter}=<uri>."
             )
+    require_harness(config.evaluate.harness.tasks)
     candidates = interfaces_of(str(config.candidate).split("+"))
-    reference = str(config.reference)
-    reference = logged_model_uri(reference, mlflow.models.get_model_info(reference))
-    data = [
-        ROOT / Path(path).expanduser() for path in (config.evaluate.texts, config.evaluate.prompts)
-    ]
+    inputs = Inputs(
+        candidates,
+        logged_model_uri(str(config.reference)),
+        champion_against(candidates[0], config),
+        read_texts(config.evaluate),
+        read_prompts(config.evaluate),
+    )
     return run_step(
         "evaluate",
         config,
         Evaluation,
         key={
-            "models": [candidates, reference],
-            "evaluate": asdict(config.evaluate),
-            "gates": {metric: asdict(gate) for metric, gate in config.model.gates.items()},
-            "data": digest_of([digest_file(path) for path in data if path.is_file()]),
+            "models": [candidates, inputs.reference, version_uri(inputs.champion)],
+            "conditions": conditions_of(inputs, config.evaluate),
+            "remeasure_champion": config.evaluate.remeasure_champion,
+            "gates": asdict(config.evaluate)["gates"] | asdict(config.model)["gates"],
             "tracking": mlflow.get_tracking_uri(),
-            "versions": versions(*LIBRARIES),
         },
-        code=[ROOT / "steps" / name for name in CODE],
-        work=lambda folder: evaluate(candidates, reference, config, folder),
-        publish=publish,
+        code=CODE,
+        work=lambda folder: evaluate(inputs, config, folder),
+        publish=lambda evaluation: publish(evaluation, inputs, config),
     )
 
 

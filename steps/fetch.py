@@ -25,6 +25,7 @@ import httpx
 
 from steps.command import entry_point
 from steps.config import ROOT, Config, Model
+from steps.hub import hub_error, hub_info
 from steps.provenance import digest_file, digest_files, digest_of, size_mb, write_provenance
 from steps.step import run_step, versions
 
@@ -337,45 +338,6 @@ def place(source: Path, destination: Path) -> None:
         os.link(real, destination)
     except OSError:
         shutil.copyfile(real, destination)
-
-
-def hub_info(name: str, revision: str, files_metadata: bool = False) -> Any:
-    """What the hub says of a model at a revision; HF_TOKEN is sent where set, and never logged."""
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().model_info(
-            name, revision=revision, files_metadata=files_metadata, timeout=30
-        )
-    except (httpx.HTTPError, OSError) as error:
-        raise hub_error(name, revision, error) from error
-
-
-def hub_error(name: str, revision: str, error: Exception) -> Exception:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, GatedRepoError):
-        return PermissionError(
-            f"hf://{name} is gated: accept its terms on the hub, and set HF_TOKEN."
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return ValueError(
-            f"hf://{name} does not exist, or is private: check the name, or set HF_TOKEN."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"hf://{name} has no revision {revision}.")
-    reason = " ".join(str(error).split())[:300]
-    if isinstance(error, HfHubHTTPError):
-        return ConnectionError(f"the model hub refused hf://{name} at {revision}: {reason}.")
-    return ConnectionError(
-        f"the model hub cannot be reached for hf://{name}: {reason}. "
-        "Check the network (HF_ENDPOINT, HTTPS_PROXY), or set model.source to a local folder."
-    )
 
 
 def main(config: Config) -> Checkpoint:

@@ -1,6 +1,7 @@
 """Hold metrics against gates: constant bounds, and factors of another model's metrics."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,7 @@ from steps.config import Baseline, Gate
 def judge(
     gates: dict[str, Gate],
     metrics: dict[str, float],
-    baselines: dict[Baseline, dict[str, float] | None],
+    baselines: Mapping[Baseline, dict[str, float] | None],
 ) -> list[dict[str, Any]]:
     """Hold each gate against its metric; a missing or NaN number fails it.
 

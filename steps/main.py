@@ -17,7 +17,7 @@ from rich.table import Table
 
 from steps.command import entry_point, join_overrides
 from steps.config import ROOT, Config
-from steps.report import bounds
+from steps.evaluation.report import bounds
 from steps.step import mlflow_run, shown_tracking_uri
 
 log = logging.getLogger("steps.main")

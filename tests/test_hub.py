@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(self.model_info())
         elif path.startswith(f"/api/models/acme/tiny/tree/{COMMIT}"):
             self.answer([self.tree_entry(sibling) for sibling in self.model_info()["siblings"]])
-        elif path.startswith(f"/acme/tiny/resolve/{COMMIT}/"):
+        elif path.startswith((f"/acme/tiny/resolve/{COMMIT}/", "/datasets/acme/texts/resolve/v1/")):
             self.file(path.rsplit("/", 1)[1], body)
         else:
             self.send_response(404)
@@ -113,13 +113,14 @@ def fetch(project: Project, hub: Hub, **environment: str) -> subprocess.Complete
     arguments = ["model=phi-3-mini-4k-instruct", "model.source=hf://acme/tiny@main"]
     arguments += ["model.name=tiny", "model.licence=apache-2.0"]
     arguments += ["model.architecture=null", "model.context_length=null"]
-    cache = {
-        "HF_HOME": str(project.folder / "hf"),
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
-    }
     command = [sys.executable, "-m", "steps.fetch", *arguments]
-    return project.run(command, **cache, **environment)
+    return project.run(command, **at_hub(project, hub), **environment)
+
+
+def at_hub(project: Project, hub: Hub) -> dict[str, str]:
+    """The environment in which the real client asks this hub, with a cache of its own."""
+    home = str(project.folder / "hf")
+    return {"HF_HOME": home, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
 
 
 def test_a_branch_is_pinned_to_its_commit_and_only_the_needed_files_come(
@@ -190,3 +191,16 @@ def test_no_network_to_the_hub_is_one_clear_line(project: Project, hub: Hub) -> 
     assert process.returncode == 1
     [line] = [x for x in process.stderr.splitlines() if x.startswith("fetch: ")]
     assert "the model hub cannot be reached for hf://acme/tiny" in line
+
+
+def test_texts_come_from_a_dataset_at_the_hub(project: Project, hub: Hub) -> None:
+    hub.files["test.jsonl"] = b'{"body": "One text."}\n{"body": "Another."}\n'
+    read = """
+from steps.evaluation.data import read_texts
+from tests.conftest import composed
+texts = "'hf://datasets/acme/texts@v1/data/test.jsonl'"
+config = composed(f"evaluate.texts={texts}", "evaluate.text_column=body")
+print([row["text"] for row in read_texts(config.evaluate)])
+"""
+    process = project.run([sys.executable, "-c", read], **at_hub(project, hub))
+    assert process.stdout.strip() == "['One text.', 'Another.']", process.stderr

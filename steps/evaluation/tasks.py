@@ -1,0 +1,108 @@
+"""Prompts with checkable answers: reading them, checking answers, MLflow's evaluation page.
+
+A prompt is a row of MLflow's evaluation datasets, https://mlflow.org/docs/latest/genai/datasets/:
+
+    {"inputs": {"messages": [{"role": "user", "content": "The capital of France?"}]},
+     "expectations": {"contains": "Paris"}}
+
+`max_tokens` may stand in its inputs. Without expectations its answers are shown and not judged.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import mlflow
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    """The answer is the expected text, white space around it aside."""
+    return answer.strip() == expected.strip()
+
+
+def contains(answer: str, expected: str | list[str]) -> bool:
+    """The expected text, or one of several, is in the answer, in upper or lower case."""
+    texts = [expected] if isinstance(expected, str) else expected
+    return any(text.casefold() in answer.casefold() for text in texts)
+
+
+def regex(answer: str, expected: str) -> bool:
+    """The pattern is found in the answer."""
+    return re.search(expected, answer) is not None
+
+
+def json_schema(answer: str, expected: dict[str, Any]) -> bool:
+    """The answer, a Markdown fence around it aside, is JSON that the schema allows."""
+    fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?```\s*", answer, re.DOTALL)
+    try:
+        jsonschema.validate(json.loads(fenced.group(1) if fenced else answer), expected)
+    except (json.JSONDecodeError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+CHECKS: dict[str, Callable[[str, Any], bool]] = {
+    check.__name__: check for check in (exact_match, contains, regex, json_schema)
+}
+
+
+def require_prompt(row: dict[str, Any]) -> None:
+    """Raise ValueError where a prompt is malformed."""
+    messages = (row.get("inputs") or {}).get("messages")
+    if not messages or not all({"role", "content"} <= set(message) for message in messages):
+        raise ValueError('has no "inputs" with "messages" of "role" and "content"')
+    for name, expected in (row.get("expectations") or {}).items():
+        if name not in CHECKS:
+            raise ValueError(f"expects {name!r}; valid: {', '.join(CHECKS)}")
+        try:
+            if name == "json_schema":
+                jsonschema.validators.validator_for(expected).check_schema(expected)
+            CHECKS[name]("", expected)
+        except Exception as error:  # of re, jsonschema, or a value of the wrong type
+            raise ValueError(f"expects a {name} that is none: {error}") from error
+
+
+def failures(answer: str, expectations: dict[str, Any]) -> list[str]:
+    """The expectations that an answer does not meet, in words."""
+    return [
+        f"{name}: {json.dumps(expected, ensure_ascii=False)}"
+        for name, expected in expectations.items()
+        if not CHECKS[name](answer, expected)
+    ]
+
+
+def accuracy(answers: list[dict[str, Any]], side: str) -> dict[str, float]:
+    """`task_accuracy`: the share of the checkable prompts whose answer meets its expectations."""
+    correct = [not failures(a[side], a["expectations"]) for a in answers if a["expectations"]]
+    return {"task_accuracy": sum(correct) / len(correct)} if correct else {}
+
+
+def show_answers(answers: list[dict[str, Any]], model_id: str | None) -> None:
+    """Log every prompt with both answers as a trace of the run, with what was found of them."""
+    from mlflow.entities import Feedback
+    from mlflow.genai.scorers import Scorer, scorer
+
+    def correct(side: str) -> Scorer:
+        @scorer(name=f"{side}_correct")
+        def judge(outputs: dict[str, str], expectations: dict[str, Any]) -> Feedback | None:
+            if not expectations:
+                return None
+            missed = failures(outputs[side], expectations)
+            rationale = f"misses {'; '.join(missed)}" if missed else "meets its expectations"
+            return Feedback(value=not missed, rationale=rationale)
+
+        return judge
+
+    data = [
+        {
+            "inputs": {"messages": answer["messages"]},
+            "outputs": {side: answer[side] for side in ("candidate", "reference")},
+            "expectations": answer["expectations"],
+        }
+        for answer in answers
+    ]
+    mlflow.genai.evaluate(
+        data=data, scorers=[correct("candidate"), correct("reference")], model_id=model_id
+    )
