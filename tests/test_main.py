@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from steps.config import ROOT
-from tests.conftest import MODEL, TARGET, TINY, Project
+from tests.conftest import MODEL, TARGET, TINY, Project, tracking
 
 STEPS = ["fetch", "export_onnx", "log_pyfunc", "log_transformers", "evaluate", "register"]
 
@@ -97,7 +97,8 @@ def test_ctrl_c_stops_the_step_and_leaves_its_run_killed(packaged: Project, tmp_
 def test_who_lost_the_alias_meanwhile_does_not_take_it_back(packaged: Project) -> None:
     client, [lead, *_] = packaged.client, packaged.made["register"]["versions"]
     name = lead["name"]
-    other = client.create_model_version(name, packaged.made["log_pyfunc"]["uri"].split("+")[0])
+    with tracking(packaged):
+        other = client.create_model_version(name, packaged.made["log_pyfunc"]["uri"].split("+")[0])
     client.set_registered_model_alias(name, "champion", other.version)
     process = packaged.step("register", f"source={packaged.made['evaluate']['uri']}")
     client.set_registered_model_alias(name, "champion", lead["version"])
