@@ -90,8 +90,8 @@ def registered_names(model: str, target: str, settings: Register) -> list[str]:
     if found := [name for name in names if aliases_of(MlflowClient(), name)]:
         return found
     raise ValueError(
-        f"the registry {mlflow.get_registry_uri()} has no champion of {' or '.join(names)}. Check "
-        "model, target and register.name_template."
+        f"the registry has no champion of {' or '.join(names)}. Check model, target and "
+        "register.name_template."
     )
 
 
@@ -118,10 +118,10 @@ def plan_of(client: MlflowClient, names: list[str], reason: str) -> Rollback:
         line = predecessors(client, name, champion, aliases.get(PREVIOUS, ""))
         if champion and line:
             steps.append(Step(name, champion, line[0], line[1] if len(line) > 1 else ""))
-        else:
-            log.info("rollback: %s has no version to go back to", name)
     if not steps:
         raise ValueError(f"{' and '.join(names)} have no version to go back to.")
+    for name in set(names) - {step.name for step in steps}:
+        log.info("rollback: %s has no version to go back to, and stays as it is", name)
     return Rollback(f"models:/{steps[0].name}@{CHAMPION}", reason, steps)
 
 

@@ -199,7 +199,6 @@ def generations(packaged: Project, onnx: Path, tmp_path_factory: pytest.TempPath
     The first is champion. The others came too late: evaluated before there was a champion, and
     registered after. `first.db` is the store before they were registered.
     """
-    from steps.log_pyfunc import log_interface, runtime_requirements
     from steps.register import register
 
     folder = tmp_path_factory.mktemp("generations")
@@ -209,17 +208,10 @@ def generations(packaged: Project, onnx: Path, tmp_path_factory: pytest.TempPath
     project = Project(folder, {"1": evaluation})
     for model in project.client.search_registered_models():
         project.client.delete_registered_model(model.name)
-    provenance = read_provenance(onnx)
     with tracking(project):
         for generation, max_tokens in (("2", 200), ("3", 300)):
-            config = composed(f"log_pyfunc.max_tokens={max_tokens}")
-            requirements = runtime_requirements(config.target.runtime_package)
             with mlflow.start_run(experiment_id="1"):
-                logged = [
-                    log_interface(interface, onnx, provenance, requirements, config)
-                    for interface in (Interface.chat, Interface.prompt)
-                ]
-            candidates = [f"models:/{model['model_id']}" for model in logged]
+                candidates = log_onnx(onnx, max_tokens, Interface.chat, Interface.prompt)
             project.made[generation] = evaluation | {"candidates": candidates}
         for generation, made in project.made.items():
             register(made, composed().register, f"generation-{generation}")
@@ -235,9 +227,20 @@ def registry(generations: Project, tmp_path: Path) -> Project:
     return Project(tmp_path, generations.made)
 
 
+def log_onnx(onnx: Path, max_tokens: int, *interfaces: Interface) -> list[str]:
+    """Log an ONNX folder under a setting, which makes it another content; return the URIs."""
+    from steps.log_pyfunc import log_interface, runtime_requirements
+
+    config = composed(f"log_pyfunc.max_tokens={max_tokens}")
+    requirements = runtime_requirements(config.target.runtime_package)
+    provenance = read_provenance(onnx)
+    logged = [log_interface(i, onnx, provenance, requirements, config) for i in interfaces]
+    return [f"models:/{model['model_id']}" for model in logged]
+
+
 def copy_store(database: Path, folder: Path) -> None:
     """Copy MLflow's SQLite store; the files that it names stay where they are."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with (
         contextlib.closing(sqlite3.connect(database)) as source,
         contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as copy,

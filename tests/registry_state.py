@@ -1,30 +1,47 @@
-"""What the tests of register and rollback share: evaluations, what a registry holds, hard kills."""
+"""What the tests of register and rollback share: evaluations, what a registry holds, kills."""
 
+import json
 import multiprocessing
 import os
 import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import mlflow
+import pytest
 from mlflow import MlflowClient
 
 import steps.register
-import steps.registry
+from steps.config import ROOT
 from steps.registry import aliases_of
 from steps.rollback import rollback
 from tests.conftest import MODEL, TARGET, Project, composed, copy_store, tracking
 
 CHAT, PROMPT = f"{MODEL}-{TARGET}-chat", f"{MODEL}-{TARGET}-prompt"
 CHECKPOINT = f"{MODEL}-transformers"
-KILLED = 9
+STORES = [f"mlflow.store.{store}.sqlalchemy_store" for store in ("tracking", "model_registry")]
 WRITES = ("create_", "set_", "delete_", "update_")
 
 
-def register(project: Project, evaluation: dict[str, Any]) -> steps.register.Registration:
+def register(
+    project: Project, evaluation: dict[str, Any], *overrides: str
+) -> steps.register.Registration:
+    settings = composed(*overrides).register
     with tracking(project):
-        return steps.register.register(evaluation, composed().register, os.urandom(8).hex())
+        return steps.register.register(evaluation, settings, os.urandom(8).hex())
+
+
+def start_register(project: Project, evaluation: dict[str, Any]) -> subprocess.Popen[str]:
+    """`register` as a process of its own, given what evaluate leaves."""
+    file = project.folder / f"{evaluation['candidates'][0][-8:]}.json"
+    file.write_text(json.dumps({"outcome": evaluation}))
+    command = [sys.executable, "-m", "steps.register", f"source={file}"]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=project.environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 def seen(evaluation: dict[str, Any], champion: str, **metrics: float) -> dict[str, Any]:
@@ -42,7 +59,8 @@ def state(project: Project) -> dict[str, Any]:
     """Everything that a registry says: aliases, tags, versions, and the logged models' links."""
     client = project.client
     versions = client.search_model_versions()
-    models = client.search_logged_models(["1"])
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    models = client.search_logged_models(experiments)
     return {
         "models": {m.name: (m.aliases, m.tags) for m in client.search_registered_models()},
         "versions": {(v.name, v.version): (v.tags, v.description, v.source) for v in versions},
@@ -50,58 +68,62 @@ def state(project: Project) -> dict[str, Any]:
     }
 
 
-def killed_before_each_write(
+def after_kills(
     base: Project, work: Callable[[Project], object], folder: Path
 ) -> list[dict[str, Any]]:
-    """Kill `work` before its first write to a copy of `base`, then run it; before its second, …
+    """The states that `work` ends with where an earlier run was killed before its n-th write.
 
-    Returns the states that the second runs end with; the last one was never killed.
+    What a kill leaves is a copy of the store from before that write: each write is a transaction.
+    The last state is that of a run that was not killed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.registry_state"])
-    states: list[dict[str, Any]] = []
-    exit_code = KILLED
-    while exit_code == KILLED:
-        project = Project(folder / str(len(states)), base.made)
+    context.set_forkserver_preload(["tests.registry_state", *STORES])
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        project = Project(folder / "undisturbed", base.made)
         copy_store(base.folder / "mlflow.db", project.folder)
-        for write in (len(states) + 1, 0):
-            process = context.Process(target=run_until, args=(write, work, project))
-            process.start()
-            process.join()
-            if write:
-                exit_code = process.exitcode
-                if exit_code != KILLED:
-                    break
-        assert process.exitcode == 0
-        states.append(state(project))
-    return states
+        left = pool.submit(run_and_copy, work, project, folder).result()
+        return [*pool.map(run_again, [work] * len(left), left), state(project)]
 
 
-def run_until(write: int, work: Callable[[Project], object], project: Project) -> None:
-    """Run `work`, and end the process without ceremony before that write of its main thread."""
-    import threading
+def run_and_copy(
+    work: Callable[[Project], object], project: Project, folder: Path
+) -> list[Project]:
+    """Run `work`; copy the store before each write of its thread, which is not the heartbeat's."""
+    left: list[Project] = []
 
-    steps.registry.LEASE_S = 0.3
-    # The proof writes nothing. It is run for good on the same models by the fixture `generations`.
-    steps.register.subprocess.run = lambda command, **_: subprocess.CompletedProcess(command, 0)
-    count = 0
-
-    def counted(method: Callable[..., Any]) -> Callable[..., Any]:
+    def copied(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            nonlocal count
             if threading.current_thread() is threading.main_thread():
-                count += 1
-                if count == write:
-                    os._exit(KILLED)
+                left.append(Project(folder / str(len(left)), project.made))
+                copy_store(project.folder / "mlflow.db", left[-1].folder)
             return method(*arguments, **named)
 
         return call
 
-    for name in dir(MlflowClient):
-        if name.startswith(WRITES):
-            setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
-    mlflow.set_tracking_uri(project.tracking_uri)
-    work(project)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in dir(MlflowClient):
+            if name.startswith(WRITES):
+                patch.setattr(MlflowClient, name, copied(getattr(MlflowClient, name)))
+        run(work, project)
+    return left
+
+
+def run_again(work: Callable[[Project], object], left: Project) -> dict[str, Any]:
+    """Run `work` on what a kill left, in this process's one store: to open one takes a second."""
+    project = Project(left.folder.parent / f"process-{os.getpid()}", left.made)
+    copy_store(left.folder / "mlflow.db", project.folder)
+    return run(work, project)
+
+
+def run(work: Callable[[Project], object], project: Project) -> dict[str, Any]:
+    """Run `work` where the dead are known as such in no time, and return the state it leaves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("steps.registry.LEASE_S", 0.3)
+        # The proof writes nothing; `generations` ran it on the same models.
+        proven: Any = subprocess.CompletedProcess([], 0)
+        patch.setattr("steps.register.subprocess.run", lambda *_, **__: proven)
+        work(project)
+    return state(project)
 
 
 def go_back(project: Project, *names: str) -> None:

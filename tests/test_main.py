@@ -6,8 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import mlflow
-
 from steps.config import ROOT
 from tests.conftest import MODEL, TARGET, TINY, Project, tracking
 
@@ -96,16 +94,18 @@ def test_ctrl_c_stops_the_step_and_leaves_its_run_killed(packaged: Project, tmp_
     assert not list(work.glob("export_onnx/*/*"))
 
 
-def test_an_alias_that_was_moved_is_set_again(packaged: Project) -> None:
-    name, client = f"{MODEL}-transformers", packaged.client
-    made = client.get_model_version_by_alias(name, "champion")
+def test_who_lost_the_alias_meanwhile_does_not_take_it_back(packaged: Project) -> None:
+    client, [lead, *_] = packaged.client, packaged.made["register"]["versions"]
+    name = lead["name"]
     with tracking(packaged):
-        other = mlflow.register_model(packaged.made["log_transformers"]["uri"], name)
+        other = client.create_model_version(name, packaged.made["log_pyfunc"]["uri"].split("+")[0])
     client.set_registered_model_alias(name, "champion", other.version)
     process = packaged.step("register", f"source={packaged.made['evaluate']['uri']}")
-    assert process.returncode == 0, process.stderr
-    assert client.get_model_version_by_alias(name, "champion").version == made.version
+    client.set_registered_model_alias(name, "champion", lead["version"])
     client.delete_model_version(name, other.version)
+    assert process.returncode == 0, process.stderr
+    assert f"version {other.version} became champion since it was evaluated" in process.stderr
+    assert packaged.step("register", f"source={packaged.made['evaluate']['uri']}").returncode == 0
 
 
 def test_a_report_that_was_deleted_is_made_again(packaged: Project) -> None:

@@ -1,22 +1,20 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from steps.config import ROOT, Register
+from steps.config import Register
 from steps.registry import ANSWERED, SUCCEEDS, registered_name
-from tests.conftest import Project, composed, tracking
+from tests.conftest import Project, composed
 from tests.registry_state import (
     CHAT,
     CHECKPOINT,
     PROMPT,
+    after_kills,
     aliases,
-    go_back,
-    killed_before_each_write,
     register,
     seen,
+    start_register,
     state,
 )
 
@@ -114,38 +112,35 @@ def test_an_interface_that_is_registered_later_follows_the_champion(registry: Pr
     assert aliases(registry, PROMPT)["champion"] == "2"
 
 
-@pytest.mark.parametrize("failed", [False, True])
-def test_what_failed_is_registered_only_if_asked_for_and_gets_no_alias(
-    registry: Project, failed: bool
-) -> None:
-    evaluation = registry.made["2"] | {"verdict": "failed", "reasons": ["it loops"]}
+def test_what_failed_is_not_registered(registry: Project) -> None:
     before = state(registry)
-    process = run_register(registry, evaluation, f"register.failed={str(failed).lower()}")
-    if failed:
-        assert process.returncode == 0, process.stderr
-        assert registry.client.get_model_version(CHAT, "4").tags["verdict"] == "failed"
-        assert "version 4 gets no alias: it loops" in process.stderr
-        assert aliases(registry) == {"champion": "1", "challenger": "3"}
-    else:
-        words = "register: not registered, the evaluation failed: it loops."
-        assert process.stderr.strip().endswith(words)
-        assert state(registry) == before
+    evaluation = registry.made["2"] | {"verdict": "failed", "reasons": ["it loops"]}
+    with pytest.raises(ValueError, match="not registered, the evaluation failed: it loops."):
+        register(registry, evaluation)
+    assert state(registry) == before
+
+
+def test_what_failed_is_registered_without_an_alias_if_asked_for(registry: Project) -> None:
+    evaluation = registry.made["2"] | {"verdict": "failed", "reasons": ["it loops"]}
+    registration = register(registry, evaluation, "register.failed=true")
+    assert registration.uri == f"models:/{CHAT}/4" and not registration.promoted
+    assert registry.client.get_model_version(CHAT, "4").tags["verdict"] == "failed"
+    assert aliases(registry) == {"champion": "1", "challenger": "3"}
 
 
 def test_a_version_that_does_not_answer_is_no_challenger_and_the_run_fails(
-    registry: Project, generations: Project
+    registry: Project,
 ) -> None:
     registry.client.delete_model_version_tag(CHAT, "3", ANSWERED)
-    location = registry.client.get_model_version(CHAT, "3").source
-    model = registry.client.get_logged_model(str(location).removeprefix("models:/"))
-    weights = Path(model.artifact_location.removeprefix("file://")) / "artifacts"
+    model = registry.client.get_logged_model(registry.made["3"]["candidates"][0].split("/")[1])
+    files = Path(model.artifact_location.removeprefix("file://"))
+    weights = next(files.rglob("model.onnx.data"))
     hidden = weights.rename(weights.with_name("hidden"))
     try:
-        process = run_register(registry, seen(registry.made["3"], "1"))
+        with pytest.raises(RuntimeError, match=f"not promoted: models:/{CHAT}/3 does not answer"):
+            register(registry, seen(registry.made["3"], "1"))
     finally:
         hidden.rename(weights)
-    assert process.returncode == 1
-    assert f"register: registered but not promoted: models:/{CHAT}/3" in process.stderr
     assert aliases(registry) == aliases(registry, PROMPT) == {"champion": "1"}
 
 
@@ -170,8 +165,8 @@ def test_a_register_that_was_killed_anywhere_ends_as_one_that_was_not(
     generations: Project, tmp_path: Path
 ) -> None:
     first = Project(generations.folder / "first", generations.made)
-    *states, undisturbed = killed_before_each_write(first, register_second, tmp_path)
-    assert len(states) > 20
+    *states, undisturbed = after_kills(first, register_second, tmp_path)
+    assert len(states) > 25
     assert all(state == undisturbed for state in states)
     chat = undisturbed["models"][CHAT]
     assert chat == ({"champion": 2, "previous": 1}, {})
@@ -203,27 +198,8 @@ def test_a_wrong_template_is_refused_with_its_key(change: dict[str, str], words:
 
 
 def test_interfaces_need_names_of_their_own(registry: Project) -> None:
-    process = run_register(registry, registry.made["2"], "register.name_template='{model}'")
-    assert process.returncode == 1
-    assert "Put {interface} into the template." in process.stderr
-
-
-def run_register(
-    project: Project, evaluation: dict, *overrides: str
-) -> subprocess.CompletedProcess[str]:
-    process = start_register(project, evaluation, *overrides)
-    stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def start_register(project: Project, evaluation: dict, *overrides: str) -> subprocess.Popen[str]:
-    """`register` as a process of its own, given what evaluate leaves."""
-    file = project.folder / f"{evaluation['candidates'][0][-8:]}.json"
-    file.write_text(json.dumps({"outcome": evaluation}))
-    command = [sys.executable, "-m", "steps.register", f"source={file}", *overrides]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=project.environment, stderr=subprocess.PIPE, text=True
-    )
+    with pytest.raises(ValueError, match="Put {interface} into the template"):
+        register(registry, registry.made["2"], "register.name_template='{model}'")
 
 
 def register_second(project: Project) -> None:
