@@ -49,10 +49,9 @@ class Evaluation:
 
     `candidates` are the interfaces of one ONNX model, the measured one first; `champion` is the
     version `models:/name/version` that stood against it, "" for none. `gates` are those of
-    steps/gates.py; `reasons` say in words what keeps the verdict from `passed`. `intervals` are the
-    candidate's, of 95 %. `answers` are dicts of messages, expectations, candidate and reference.
-    Metrics that were measured under the same `conditions` can be compared. `model_card` is text in
-    Markdown, `report` the path of a page.
+    steps/gates.py; `reasons` say in words what keeps the verdict from `passed`. `answers` are dicts
+    of messages, expectations, candidate and reference. Metrics that were measured under the same
+    `conditions` can be compared. `model_card` is text in Markdown, `report` the path of a page.
     """
 
     uri: str
@@ -65,7 +64,6 @@ class Evaluation:
     candidate_metrics: dict[str, float]
     reference_metrics: dict[str, float]
     champion_metrics: dict[str, float]
-    intervals: dict[str, list[float]]
     answers: list[dict[str, Any]]
     conditions: str
     report: str
@@ -77,8 +75,8 @@ def evaluate(inputs: Inputs, config: Config, folder: Path) -> Evaluation:
     measured = measure_all(inputs, config.evaluate, folder.parent)
     candidate, checkpoint, champion = measured.candidate, measured.checkpoint, measured.champion
     answers = answers_of(inputs.prompts, candidate.answers, checkpoint.answers)
-    for found, side in ((candidate, "candidate"), (checkpoint, "reference")):
-        found.metrics |= accuracy(answers, side) if found.answers else {}
+    for found in (candidate, checkpoint, champion):
+        found.metrics |= accuracy(inputs.prompts, found.answers) if found.answers else {}
     gates: list[dict[str, Any]] = []
     if candidate.unavailable:
         verdict = "not_evaluated"
@@ -101,7 +99,6 @@ def evaluate(inputs: Inputs, config: Config, folder: Path) -> Evaluation:
         "candidate_metrics": candidate.metrics,
         "reference_metrics": checkpoint.metrics,
         "champion_metrics": champion.metrics,
-        "intervals": candidate.intervals,
         "answers": answers,
         "conditions": conditions_of(inputs, config.evaluate),
     }
@@ -180,17 +177,11 @@ def publish(evaluation: Evaluation, inputs: Inputs, config: Config) -> None:
     """Log metrics to the run and to every logged model, tables, and the report to the run."""
     texts = from_pandas(pd.DataFrame(inputs.texts), name=Path(config.evaluate.texts).name)
     mlflow.log_input(texts, context="evaluation")
-    limits = {
-        f"{metric}_ci95_{side}": bound
-        for metric, interval in evaluation.intervals.items()
-        for side, bound in zip(("low", "high"), interval, strict=True)
-    }
-    candidate_metrics = {**evaluation.candidate_metrics, **limits}
-    measured = [(uri, candidate_metrics) for uri in evaluation.candidates]
+    measured = [(uri, evaluation.candidate_metrics) for uri in evaluation.candidates]
     for uri, metrics in [*measured, (evaluation.reference, evaluation.reference_metrics)]:
         model_id = mlflow.models.get_model_info(uri).model_id
         mlflow.log_metrics(metrics, model_id=model_id, dataset=texts)
-    mlflow.log_metrics(candidate_metrics)
+    mlflow.log_metrics(evaluation.candidate_metrics)
     for side in ("reference", "champion"):
         metrics = getattr(evaluation, f"{side}_metrics")
         mlflow.log_metrics({f"{side}_{name}": value for name, value in metrics.items()})

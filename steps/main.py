@@ -17,7 +17,7 @@ from rich.table import Table
 
 from steps.command import entry_point, join_overrides
 from steps.config import ROOT, Config
-from steps.evaluation.report import bounds
+from steps.evaluation.report import METRICS, bounds
 from steps.step import mlflow_run, shown_tracking_uri
 
 log = logging.getLogger("steps.main")
@@ -99,7 +99,7 @@ def show(outcomes: dict[str, dict[str, Any]]) -> None:
         figures.add_column(column, justify="left" if column == "metric" else "right")
     gates = {gate["metric"]: bounds(gate) for gate in evaluation["gates"]}
     for metric in reference | candidate:
-        if metric != "scored_tokens":
+        if metric in METRICS and metric != "scored_tokens":
             values = [f"{m[metric]:,.4g}" if metric in m else "" for m in (candidate, reference)]
             figures.add_row(metric, *values, gates.get(metric, ""))
     console.print(steps, "", figures, "")

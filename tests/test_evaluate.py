@@ -17,13 +17,16 @@ from steps.config import Baseline, Evaluate, Gate
 from steps.evaluate import reasons_of
 from steps.evaluation.data import read_prompts, read_texts
 from steps.evaluation.fidelity import Blocks, by_position, compare_with_reference, token_windows
-from steps.evaluation.measurements import Inputs, measure, request_of
+from steps.evaluation.measurements import Inputs, measure, measure_champion, request_of
+from steps.evaluation.report import write_report
 from steps.evaluation.sanity import is_degenerate
 from steps.evaluation.tasks import failures
 from steps.gates import explain, judge
 from steps.log_pyfunc import log_interface, runtime_requirements
 from steps.provenance import PROVENANCE, write_provenance
+from steps.registry import version_with_alias
 from tests.conftest import TINY, Project, composed, tracking
+from tests.registry_state import CHAT
 
 FIDELITY = {"perplexity", "perplexity_ratio", "kl_divergence", "kl_divergence_p99"}
 FIDELITY |= {"top1_agreement", "greedy_prefix_tokens"}
@@ -56,7 +59,8 @@ def test_int4_is_smaller_and_faster_and_close_to_its_checkpoint(packaged: Projec
     assert candidate["decode_tokens_per_s"] > reference["decode_tokens_per_s"]
     assert 1 < candidate["perplexity_ratio"] < 2
     assert candidate["kl_divergence"] < candidate["kl_divergence_p99"]
-    for metric, (low, high) in evaluation["intervals"].items():
+    for metric in FIDELITY:
+        low, high = (candidate[f"{metric}_ci95_{end}"] for end in ("low", "high"))
         assert low <= candidate[metric] <= high
 
 
@@ -120,17 +124,17 @@ def test_a_gate_may_be_a_factor_of_the_checkpoints_or_the_champions_metric() -> 
 def test_comparing_a_model_with_itself_finds_no_difference(tmp_path: Path) -> None:
     model = Fixed(np.random.default_rng(0).normal(size=(4, 6)))
     leave_reference(tmp_path, model)
-    metrics, intervals, _ = compare_with_reference(model.log_probabilities, tmp_path)
+    metrics, _ = compare_with_reference(model.log_probabilities, tmp_path)
     assert metrics["perplexity_ratio"] == pytest.approx(1)
     assert metrics["kl_divergence"] == pytest.approx(0, abs=1e-9)
     assert metrics["top1_agreement"] == 1
-    assert intervals["perplexity_ratio"] == pytest.approx([1, 1])
+    assert metrics["perplexity_ratio_ci95_low"] == pytest.approx(1)
 
 
 def test_divergence_is_that_of_the_candidate_from_the_reference(tmp_path: Path) -> None:
     leave_reference(tmp_path, Fixed(np.log([[0.5, 0.5]] * 2)))
     candidate = Fixed(np.log([[0.9, 0.1]] * 2))
-    metrics, _, _ = compare_with_reference(candidate.log_probabilities, tmp_path)
+    metrics, _ = compare_with_reference(candidate.log_probabilities, tmp_path)
     assert metrics["kl_divergence"] == pytest.approx(0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(5))
     assert metrics["perplexity_ratio"] == pytest.approx((1 / 0.1) / (1 / 0.5))
 
@@ -340,6 +344,40 @@ def test_a_damaged_export_fails_the_gate_that_it_should(
     else:
         assert gate in [result["name"] for result in results if not result["passed"]]
         assert any(reason.startswith(f"{gate} is ") and words in reason for reason in reasons)
+
+
+def test_the_champions_metrics_are_read_from_its_version_or_measured_again(
+    registry: Project, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.tracking_uri)
+    with tracking(registry):
+        champion = version_with_alias(registry.client, CHAT, "champion")
+        assert champion is not None
+
+        def metrics(conditions: str) -> dict[str, float]:
+            settings = composed().evaluate
+            return measure_champion(champion, settings, conditions, checkpoint.parent).metrics
+
+        recorded = json.loads(champion.tags["metrics"])
+        assert metrics(champion.tags["conditions"]) == recorded
+        measured = metrics("another machine")
+    assert recorded.keys() - measured.keys() == {"task_accuracy"}
+    assert measured["kl_divergence"] != recorded["kl_divergence"]  # other texts
+
+
+def test_the_report_shows_how_the_candidate_stands_to_the_champion(
+    packaged: Project, tmp_path: Path
+) -> None:
+    evaluation = packaged.made["evaluate"]
+    twice_as_fast = {**evaluation["candidate_metrics"]}
+    twice_as_fast["decode_tokens_per_s"] *= 2
+    evaluation = evaluation | {"champion": "models:/some/7", "champion_metrics": twice_as_fast}
+    about = {"series": {"candidate": {}, "reference": {}}, "machine": "", "versions": {}}
+    report, card = write_report(
+        evaluation, {**about, "digests": {}, "texts": 1}, composed(), tmp_path
+    )
+    assert "models:/some/7" in report.read_text() and "2.0× worse" in report.read_text()
+    assert "| champion |" in card
 
 
 def test_a_failed_verdict_names_its_gate_and_is_not_registered(packaged: Project) -> None:

@@ -17,13 +17,12 @@ from steps.evaluation.models import Messages, Model, Transformers
 # bootstrap: Künsch 1989, https://doi.org/10.1214/aos/1176347265).
 BLOCK = 32
 RESAMPLES = 1000
-Intervals = dict[str, list[float]]
 Scorer = Callable[[list[int]], np.ndarray]  # a Model's log_probabilities
 
 
 def write_reference(
     model: Transformers, texts: list[str], window: int, max_tokens: int, out: Path
-) -> tuple[dict[str, float], Intervals]:
+) -> dict[str, float]:
     """Score the texts; leave tokens and log-probabilities in `out`."""
     losses, blocks = [], Blocks()
     windows = token_windows(
@@ -36,17 +35,19 @@ def write_reference(
         np.save(out / f"tokens-{i:05}.npy", np.array(tokens))
         np.save(out / f"logp-{i:05}.npy", logp)
     loss = np.concatenate(losses)
-    intervals = {"perplexity": np.exp(blocks.interval_of_mean(loss)).tolist()}
-    return {"perplexity": float(np.exp(loss.mean())), "scored_tokens": float(len(loss))}, intervals
+    return {
+        "scored_tokens": float(len(loss)),
+        **bounded("perplexity", np.exp(loss.mean()), np.exp(blocks.interval_of_mean(loss))),
+    }
 
 
 def compare_with_reference(
     log_probabilities: Scorer, reference: Path
-) -> tuple[dict[str, float], Intervals, dict[str, Any]]:
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Score the same tokens: perplexity, KL(reference || candidate) in nats, top-1 agreement.
 
-    Returns metrics, their 95 % intervals, and the series `kl_by_position`: pairs of the position in
-    the window and the mean divergence about there.
+    Returns metrics, with the ends of their 95 % intervals, and the series `kl_by_position`: pairs
+    of the position in the window and the mean divergence about there.
     """
     losses, reference_losses, divergences, agreements, positions = [], [], [], [], []
     blocks = Blocks()
@@ -64,23 +65,27 @@ def compare_with_reference(
     loss, divergence = np.concatenate(losses), np.concatenate(divergences)
     loss_ratio = loss - np.concatenate(reference_losses)
     agreement = np.concatenate(agreements).astype(float)
+    mean = blocks.interval_of_mean
     metrics = {
-        "perplexity": float(np.exp(loss.mean())),
-        "perplexity_ratio": float(np.exp(loss_ratio.mean())),
-        "kl_divergence": float(divergence.mean()),
-        "kl_divergence_p99": float(np.percentile(divergence, 99)),
-        "top1_agreement": float(agreement.mean()),
         "scored_tokens": float(len(loss)),
-    }
-    intervals = {
-        "perplexity": np.exp(blocks.interval_of_mean(loss)).tolist(),
-        "perplexity_ratio": np.exp(blocks.interval_of_mean(loss_ratio)).tolist(),
-        "kl_divergence": blocks.interval_of_mean(divergence).tolist(),
-        "kl_divergence_p99": blocks.interval_of_percentile(divergence, 99).tolist(),
-        "top1_agreement": blocks.interval_of_mean(agreement).tolist(),
+        **bounded("perplexity", np.exp(loss.mean()), np.exp(mean(loss))),
+        **bounded("perplexity_ratio", np.exp(loss_ratio.mean()), np.exp(mean(loss_ratio))),
+        **bounded("kl_divergence", divergence.mean(), mean(divergence)),
+        **bounded(
+            "kl_divergence_p99",
+            np.percentile(divergence, 99),
+            blocks.interval_of_percentile(divergence, 99),
+        ),
+        **bounded("top1_agreement", agreement.mean(), mean(agreement)),
     }
     series = {"kl_by_position": by_position(np.concatenate(positions), divergence)}
-    return metrics, intervals, series
+    return metrics, series
+
+
+def bounded(metric: str, value: float, interval: np.ndarray) -> dict[str, float]:
+    """A metric, and the ends of its 95 % interval under names of their own."""
+    low, high = map(float, interval)
+    return {metric: float(value), f"{metric}_ci95_low": low, f"{metric}_ci95_high": high}
 
 
 class Blocks:
@@ -155,12 +160,10 @@ def write_greedy(
         np.savez(out / f"greedy-{i:05}.npz", tokens=tokens, start=start, likeliest=likeliest)
 
 
-def compare_greedy(
-    log_probabilities: Scorer, reference: Path
-) -> tuple[dict[str, float], Intervals]:
+def compare_greedy(log_probabilities: Scorer, reference: Path) -> dict[str, float]:
     """How many tokens of the checkpoint's greedy answers the model gives before it first differs.
 
-    Both read the same tokens, so one pass over each answer tells. The mean over the prompts.
+    Both read the same tokens, so one pass over each answer tells. The mean over prompts.
     """
     lengths = []
     for path in sorted(reference.glob("greedy-*.npz")):
@@ -172,6 +175,4 @@ def compare_greedy(
     counts = np.array(lengths, dtype=float)
     drawn = np.random.default_rng(0).integers(len(counts), size=(RESAMPLES, len(counts)))
     interval = np.percentile(counts[drawn].mean(axis=1), [2.5, 97.5])
-    return {"greedy_prefix_tokens": float(counts.mean())}, {
-        "greedy_prefix_tokens": interval.tolist()
-    }
+    return bounded("greedy_prefix_tokens", counts.mean(), interval)

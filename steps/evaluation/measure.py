@@ -33,13 +33,11 @@ log = logging.getLogger("steps.measure")
 class Measured:
     """What was found of one model.
 
-    `intervals` are 95 % confidence intervals of metrics, `series` what the report draws, `answers`
-    one for each prompt. `failures` say in words, by metric, why it is 0 or missing. `unavailable`
-    says why this machine cannot run the model at all.
+    `series` are what the report draws, `answers` one for each prompt. `failures` say in words, by
+    metric, why it is 0 or missing. `unavailable` says why this machine cannot run the model at all.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, list[float]] = field(default_factory=dict)
     series: dict[str, Any] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -55,9 +53,8 @@ def measure_checkpoint(folder: str, request: dict[str, Any], out: Path) -> Measu
     time_answers(found, model, request)
     answers = answer_prompts(found, model, request)
     scored = {key: request[key] for key in ("texts", "window", "max_tokens")}
-    metrics, found.intervals = fidelity.write_reference(model, **scored, out=out)
-    found.metrics |= metrics
-    log.info("measure: scored %d tokens", metrics["scored_tokens"])
+    found.metrics |= fidelity.write_reference(model, **scored, out=out)
+    log.info("measure: scored %d tokens", found.metrics["scored_tokens"])
     conversations = [prompt["messages"] for prompt in request["prompts"]]
     fidelity.write_greedy(model, conversations, found.answers, out)
     sanity.write_expectations(model, answers, out)
@@ -93,12 +90,8 @@ def measure_candidate(folder: str, request: dict[str, Any], reference: Path | No
         found.metrics |= checks
 
     def scores() -> None:
-        metrics, intervals, series = fidelity.compare_with_reference(
-            model.log_probabilities, reference
-        )
-        greedy, greedy_intervals = fidelity.compare_greedy(model.log_probabilities, reference)
-        found.metrics |= {**metrics, **greedy}
-        found.intervals |= {**intervals, **greedy_intervals}
+        metrics, series = fidelity.compare_with_reference(model.log_probabilities, reference)
+        found.metrics |= metrics | fidelity.compare_greedy(model.log_probabilities, reference)
         found.series |= series
         log.info("measure: scored %d tokens", metrics["scored_tokens"])
 

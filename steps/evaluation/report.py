@@ -114,12 +114,13 @@ def rows(evaluation: dict[str, Any], about: dict[str, Any]) -> list[tuple[str, .
         values = {side: evaluation[f"{side}_metrics"].get(metric) for side in SIDES}
         if all(value is None for value in values.values()):
             continue
-        interval = evaluation["intervals"].get(metric)
+        ends = [f"{metric}_ci95_{end}" for end in ("low", "high")]
+        interval = [evaluation["candidate_metrics"].get(end) for end in ends]
         found.append(
             (
                 name,
                 formatted(values["candidate"], digits),
-                " to ".join(formatted(v, digits) for v in interval) if interval else "",
+                " to ".join(formatted(end, digits) for end in interval if end is not None),
                 formatted(values["reference"], digits),
                 comparison(values["candidate"], values["reference"], more_is_better),
                 formatted(values["champion"], digits),

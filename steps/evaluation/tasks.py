@@ -73,9 +73,13 @@ def failures(answer: str, expectations: dict[str, Any]) -> list[str]:
     ]
 
 
-def accuracy(answers: list[dict[str, Any]], side: str) -> dict[str, float]:
+def accuracy(prompts: list[dict[str, Any]], answers: list[str]) -> dict[str, float]:
     """`task_accuracy`: the share of the checkable prompts whose answer meets its expectations."""
-    correct = [not failures(a[side], a["expectations"]) for a in answers if a["expectations"]]
+    correct = [
+        not failures(answer, prompt["expectations"])
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if prompt.get("expectations")
+    ]
     return {"task_accuracy": sum(correct) / len(correct)} if correct else {}
 
 
