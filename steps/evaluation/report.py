@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from steps.config import Config
 from steps.evaluation.tasks import failures
@@ -63,20 +63,21 @@ def write_report(
 ) -> tuple[Path, str]:
     """Render report.html and model_card.md from an Evaluation's fields, and what is known `about`.
 
-    `about` has the series of both sides, the reference's intervals, machine, versions, digests of
-    weights, and the number of texts. Returns the report's path and the card's text.
+    `about` has the series of both sides, machine, versions, digests of weights, and the number of
+    texts. Returns the report's path and the card's text.
     """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html.j2"]),
+        trim_blocks=True,
     )
-    environment.filters["number"] = formatted
     facts = {
         "evaluation": evaluation,
         "about": about,
         "model": config.model,
         "target": config.target,
         "settings": config.evaluate,
-        "rows": rows(evaluation, about),
+        "rows": rows(evaluation),
         "lengths": lengths(evaluation, config.evaluate.prompt_lengths),
         "gates": [
             (label(gate["metric"]), shown_value(gate), bounds(gate), gate)
@@ -85,27 +86,16 @@ def write_report(
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     drawings = {"bars": bars(evaluation), "lines": lines(evaluation, about["series"])}
-    judged = [
-        {
-            **answer,
-            **{
-                f"{s}_missed": failures(answer[s], answer["expectations"])
-                for s in ("candidate", "reference")
-            },
-        }
-        for answer in evaluation["answers"]
-    ]
     page = environment.get_template("report.html.j2")
     report = folder / "report.html"
-    report.write_text(page.render(**facts, **drawings, answers=judged), encoding="utf-8")
-    environment.autoescape = False
+    report.write_text(page.render(**facts, **drawings, failures=failures), encoding="utf-8")
     card = environment.get_template("model_card.md.j2").render(**facts).strip() + "\n"
     card = card if len(card) <= CARD_LIMIT else card[: CARD_LIMIT - 2] + "…\n"
     (folder / "model_card.md").write_text(card, encoding="utf-8")
     return report, card
 
 
-def rows(evaluation: dict[str, Any], about: dict[str, Any]) -> list[tuple[str, ...]]:
+def rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
     """Of each metric: label, candidate, its interval, checkpoint, champion, two comparisons."""
     found: list[tuple[str, ...]] = []
     measured = evaluation["candidate_metrics"] | evaluation["reference_metrics"]
