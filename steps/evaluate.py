@@ -24,6 +24,7 @@ from steps.command import entry_point
 from steps.config import ROOT, Baseline, Config
 from steps.evaluation.data import read_prompts, read_texts
 from steps.evaluation.harness import require_harness
+from steps.evaluation.measure import Measured
 from steps.evaluation.measurements import (
     LIBRARIES,
     Inputs,
@@ -87,7 +88,7 @@ def evaluate(inputs: Inputs, config: Config, folder: Path) -> Evaluation:
             Baseline.champion: champion.metrics if inputs.champion else None,
         }
         gates = judge({**config.evaluate.gates, **config.model.gates}, candidate.metrics, baselines)
-        reasons = reasons_of(gates, candidate.failures)
+        reasons = reasons_of(gates, candidate)
         verdict = "failed" if reasons else "passed"
     facts: dict[str, Any] = {
         "candidates": inputs.candidates,
@@ -128,14 +129,14 @@ def answers_of(
     ]
 
 
-def reasons_of(gates: list[dict[str, Any]], failures: dict[str, str]) -> list[str]:
-    """In words: the gates that were not kept, and what the candidate could not do at all."""
-    reasons, left = [], dict(failures)
-    for gate in gates:
-        if not gate["passed"]:
-            why = left.pop(gate["metric"], "")
-            reasons.append(explain(gate) + (f": {why}" if why else ""))
-    return reasons + [f"{part} could not be measured: {why}" for part, why in left.items()]
+def reasons_of(gates: list[dict[str, Any]], found: Measured) -> list[str]:
+    """In words: the gates that were not kept, and what of the candidate could not be measured."""
+    reasons = []
+    for gate in (gate for gate in gates if not gate["passed"]):
+        why = found.failures.get(gate["metric"])
+        reasons.append(explain(gate) + (f": {why}" if why else ""))
+    parts = {part: why for part, why in found.failures.items() if part not in found.metrics}
+    return reasons + [f"{part} could not be measured: {why}" for part, why in parts.items()]
 
 
 def interfaces_of(uris: list[str]) -> list[str]:
@@ -229,6 +230,8 @@ def main(config: Config) -> Evaluation:
         },
         code=CODE,
         work=lambda folder: evaluate(inputs, config, folder),
+        # An execution provider may be there by now, and to ask takes seconds.
+        still_there=lambda evaluation: evaluation.verdict != "not_evaluated",
         publish=lambda evaluation: publish(evaluation, inputs, config),
     )
 

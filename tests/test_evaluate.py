@@ -338,7 +338,7 @@ def test_a_damaged_export_fails_the_gate_that_it_should(
     for elsewhere in ("task_accuracy", "size_mb", "decode_tokens_per_s"):
         gates.pop(elsewhere)
     results = judge(gates, found.metrics, {})
-    reasons = reasons_of(results, found.failures)
+    reasons = reasons_of(results, found)
     if damage is None:
         assert not reasons
     else:

@@ -54,7 +54,8 @@ class Measurements:
 def measure_all(inputs: Inputs, settings: Evaluate, folder: Path) -> Measurements:
     """Measure each model in a process of its own.
 
-    What was measured is kept in `folder`, so that other gates need no new measurement.
+    What was measured without failures is kept in `folder`, so that other gates need no new
+    measurement.
     """
     conditions = conditions_of(inputs, settings)
     models = [inputs.candidates[0], inputs.reference, version_uri(inputs.champion)]
@@ -68,8 +69,10 @@ def measure_all(inputs: Inputs, settings: Evaluate, folder: Path) -> Measurement
         scratch = Path(name)
         (scratch / "request.json").write_text(json.dumps(request_of(inputs, settings)))
         measured = measure_in(scratch, inputs, settings, conditions)
-        (scratch / "measured.json").write_text(json.dumps(asdict(measured)))
-        (scratch / "measured.json").replace(kept)
+        sides = (measured.candidate, measured.champion)
+        if not any(found.failures or found.unavailable for found in sides):
+            (scratch / "measured.json").write_text(json.dumps(asdict(measured)))
+            (scratch / "measured.json").replace(kept)
     return measured
 
 
