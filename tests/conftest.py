@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from steps.config import CONF, ROOT, Config, Interface
+from steps.evaluation.data import read_prompts, read_texts
+from steps.evaluation.measurements import Inputs, measure, request_of
 from steps.provenance import read_provenance
 
 MODEL = "smollm2-135m-instruct"
@@ -165,6 +167,19 @@ def phi3(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             weights[f"model.layers.{i}.{fused}.weight"] = fused_weight
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(packaged: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint, measured: the folder that an ONNX model is compared with."""
+    settings = composed("evaluate.max_tokens=192", "evaluate.max_prompts=3").evaluate
+    settings = replace(settings, prompt_lengths=[32], repeats=1, max_new_tokens=8)
+    inputs = Inputs([], "", None, read_texts(settings), read_prompts(settings))
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "request.json").write_text(json.dumps(request_of(inputs, settings)))
+    with tracking(packaged):
+        measure(packaged.made["log_transformers"]["uri"], folder / "checkpoint")
+    return folder / "checkpoint"
 
 
 def composed(*overrides: str) -> Config:

@@ -2,7 +2,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import onnx as onnx_format
 import pandas as pd
 import pytest
 
-from steps.config import Baseline, Evaluate, Gate
+from steps.config import Baseline, Evaluate, Gate, Interface
 from steps.evaluate import reasons_of
 from steps.evaluation.data import read_prompts, read_texts
 from steps.evaluation.fidelity import Blocks, by_position, compare_with_reference, token_windows
-from steps.evaluation.measurements import Inputs, measure, measure_champion, request_of
+from steps.evaluation.measurements import measure, measure_champion
 from steps.evaluation.report import write_report
 from steps.evaluation.sanity import is_degenerate
 from steps.evaluation.tasks import failures
@@ -252,24 +252,6 @@ def test_a_harness_task_without_the_harness_says_what_to_install(packaged: Proje
     assert "pip install -r requirements-harness.txt" in process.stderr.splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(packaged: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The checkpoint, measured: the folder that candidates are compared with."""
-    config = composed("evaluate.max_tokens=192", "evaluate.window=192", "evaluate.max_prompts=3")
-    config.evaluate = replace(config.evaluate, prompt_lengths=[32], repeats=1, max_new_tokens=8)
-    folder = tmp_path_factory.mktemp("measured")
-    texts, prompts = read_texts(config.evaluate), read_prompts(config.evaluate)
-    request = request_of(Inputs([], "", None, texts, prompts), config.evaluate)
-    (folder / "request.json").write_text(json.dumps(request))
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = packaged.tracking_uri
-    with tracking(packaged):
-        measure(packaged.made["log_transformers"]["uri"], folder / "checkpoint")
-        yield folder / "checkpoint"
-    os.environ.pop("MLFLOW_TRACKING_URI")
-    os.environ.update({"MLFLOW_TRACKING_URI": before} if before else {})
-
-
 def double_scales(onnx: Path) -> None:
     """Double the scales of one layer's projection."""
     graph = onnx_format.load(onnx / "model.onnx", load_external_data=False).graph
@@ -329,10 +311,10 @@ def test_a_damaged_export_fails_the_gate_that_it_should(
     provenance = write_provenance(damaged, **facts)
     config = composed()
     requirements = runtime_requirements(config.target.runtime_package)
-    [interface, *_] = [i for i in config.log_pyfunc.interfaces if i.value == "chat"]
-    mlflow.set_experiment("tests")
-    logged = log_interface(interface, damaged, provenance, requirements, config)
-    found = measure(f"models:/{logged['model_id']}", checkpoint.parent / tmp_path.name, checkpoint)
+    with tracking(packaged), mlflow.start_run(experiment_id="1"):
+        logged = log_interface(Interface.chat, damaged, provenance, requirements, config)
+        uri = f"models:/{logged['model_id']}"
+        found = measure(uri, checkpoint.parent / tmp_path.name, checkpoint)
     gates = {**config.evaluate.gates, **config.model.gates}
     # What evaluate adds, and what so few tokens do not tell.
     for elsewhere in ("task_accuracy", "size_mb", "decode_tokens_per_s"):
@@ -347,9 +329,8 @@ def test_a_damaged_export_fails_the_gate_that_it_should(
 
 
 def test_the_champions_metrics_are_read_from_its_version_or_measured_again(
-    registry: Project, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    registry: Project, checkpoint: Path
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.tracking_uri)
     with tracking(registry):
         champion = version_with_alias(registry.client, CHAT, "champion")
         assert champion is not None
