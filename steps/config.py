@@ -1,6 +1,7 @@
 """The schema of conf/: the dataclasses that Hydra validates the YAML against, one per group."""
 
 import enum
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,14 @@ class Gate:
     max: float | None = None
     of: Baseline = Baseline.constant
     metric: str | None = None
+
+    def __post_init__(self) -> None:
+        bounds = [bound for bound in (self.min, self.max) if bound is not None]
+        if not bounds or not all(map(math.isfinite, bounds)) or bounds != sorted(bounds):
+            raise ValueError(
+                f"a gate has min {self.min} and max {self.max}; it must have one of them, or both "
+                "in this order."
+            )
 
 
 @dataclass

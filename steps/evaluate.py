@@ -11,6 +11,8 @@ execution provider).
 """
 
 import logging
+import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ import mlflow
 import pandas as pd
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from steps.command import entry_point
-from steps.config import ROOT, Baseline, Config
+from steps.config import ROOT, Baseline, Config, Gate
 from steps.evaluation.data import read_prompts, read_texts
 from steps.evaluation.harness import require_harness
 from steps.evaluation.measure import Measured
@@ -33,11 +36,11 @@ from steps.evaluation.measurements import (
     measure_all,
     version_uri,
 )
-from steps.evaluation.report import write_report
+from steps.evaluation.report import CHECKS, METRICS, write_report
 from steps.evaluation.tasks import accuracy, show_answers
 from steps.gates import explain, judge
 from steps.registry import CHAMPION, registered_name, version_with_alias
-from steps.step import run_step, versions
+from steps.step import one_line, run_step, versions
 
 log = logging.getLogger("steps.evaluate")
 
@@ -87,7 +90,7 @@ def evaluate(inputs: Inputs, config: Config, folder: Path) -> Evaluation:
             Baseline.checkpoint: checkpoint.metrics,
             Baseline.champion: champion.metrics if inputs.champion else None,
         }
-        gates = judge({**config.evaluate.gates, **config.model.gates}, candidate.metrics, baselines)
+        gates = judge(gates_of(config), candidate.metrics, baselines)
         reasons = reasons_of(gates, candidate)
         verdict = "failed" if reasons else "passed"
     facts: dict[str, Any] = {
@@ -108,10 +111,23 @@ def evaluate(inputs: Inputs, config: Config, folder: Path) -> Evaluation:
         "machine": machine(),
         "versions": versions(*LIBRARIES),
         "digests": weight_digests(inputs.candidates[0], inputs.reference),
-        "texts": len(inputs.texts),
     }
     report, card = write_report(facts, about, config, folder)
     return Evaluation(uri=str(folder), report=str(report), model_card=card, **facts)
+
+
+def gates_of(config: Config) -> dict[str, Gate]:
+    """The gates of conf/evaluate, those of the model's file in their place by name.
+
+    Raises ValueError where one bounds a metric that nobody measures.
+    """
+    gates = {**config.evaluate.gates, **config.model.gates}
+    for name, gate in gates.items():
+        metric = re.sub(r"_(at_\d+|ci95_low|ci95_high)$", "", gate.metric or name)
+        if metric not in METRICS | CHECKS and "/" not in metric:
+            valid = ", ".join([*CHECKS, *METRICS])
+            raise ValueError(f"the gate {name} bounds {metric}, which is no metric; valid: {valid}")
+    return gates
 
 
 def answers_of(
@@ -131,28 +147,66 @@ def answers_of(
 
 def reasons_of(gates: list[dict[str, Any]], found: Measured) -> list[str]:
     """In words: the gates that were not kept, and what of the candidate could not be measured."""
-    reasons = []
+    reasons, explained = [], set()
     for gate in (gate for gate in gates if not gate["passed"]):
         why = found.failures.get(gate["metric"])
+        explained.add(gate["metric"])
         reasons.append(explain(gate) + (f": {why}" if why else ""))
-    parts = {part: why for part, why in found.failures.items() if part not in found.metrics}
-    return reasons + [f"{part} could not be measured: {why}" for part, why in parts.items()]
+    for part, why in found.failures.items():
+        # A check that failed and has no gate is nobody's business, but for one.
+        if part not in explained and (part not in found.metrics or part == "loads"):
+            reasons.append(f"{part} could not be measured: {why}")
+    return reasons
 
 
-def interfaces_of(uris: list[str]) -> list[str]:
-    """The immutable URIs of one ONNX model's interfaces, the chat interface first."""
-    metadata = {uri: mlflow.models.get_model_info(uri).metadata or {} for uri in uris}
-    first, *others = (facts.get("provenance") for facts in metadata.values())
-    if any(provenance != first for provenance in others):
-        raise ValueError(f"candidate={'+'.join(uris)}: these are not of the same ONNX model.")
-    chat_first = sorted(uris, key=lambda uri: metadata[uri].get("interface") != "chat")
-    return list(dict.fromkeys(logged_model_uri(uri) for uri in chat_first))
+def is_complete(evaluation: Evaluation) -> bool:
+    """Whether all was measured; what a crash or an absent provider prevented may succeed by now."""
+    everything = not any(math.isnan(gate["value"]) for gate in evaluation.gates)
+    champion = bool(evaluation.champion_metrics) or not evaluation.champion
+    return everything and champion and evaluation.verdict != "not_evaluated"
 
 
-def logged_model_uri(uri: str) -> str:
-    """The immutable `models:/m-…` behind a URI, which may be a version or an alias that moves."""
-    model_id = mlflow.models.get_model_info(uri).model_id
-    return f"models:/{model_id}" if model_id else uri
+def logged_pair(config: Config) -> tuple[list[str], str]:
+    """The immutable URIs of one ONNX model's interfaces, chat first, and of its checkpoint.
+
+    Raises ValueError unless they are that, and of the configured model and target.
+    """
+    uris = str(config.candidate).split("+")
+    candidates = {uri: logged(uri, "candidate", "log_pyfunc") for uri in uris}
+    reference = logged(str(config.reference), "reference", "log_transformers")
+    first, *others = candidates.values()
+    provenance, model = first["provenance"], first["model"]
+    if any(other["provenance"] != provenance for other in others):
+        raise ValueError(f"candidate={config.candidate}: these are not of the same ONNX model.")
+    if provenance.get("checkpoint", {}).get("files") != reference["provenance"]["files"]:
+        raise ValueError(
+            f"reference={config.reference} is not the checkpoint that the candidate was exported "
+            "from. Pass what log_transformers made of the same folder."
+        )
+    if (model, provenance["target"]) != (config.model.name, config.target.name):
+        raise ValueError(
+            f"candidate is of model={model} and target={provenance['target']}; those of "
+            f"{config.model.name} and {config.target.name} have other gates. Pass its own."
+        )
+    chat_first = sorted(candidates.values(), key=lambda one: one["interface"] != "chat")
+    return list(dict.fromkeys(one["uri"] for one in chat_first)), reference["uri"]
+
+
+def logged(uri: str, parameter: str, made_by: str) -> dict[str, Any]:
+    """A logged model's metadata and immutable `uri`; the given one may be a version or an alias.
+
+    Raises ValueError where another step made it.
+    """
+    try:
+        info = mlflow.models.get_model_info(uri)
+    except (MlflowException, OSError) as error:
+        reason = one_line(error)
+        raise ValueError(f"{parameter}={uri} is not a logged model: {reason}") from error
+    metadata = info.metadata or {}
+    of_onnx = "target" in metadata.get("provenance", {})
+    if not info.model_id or "content" not in metadata or of_onnx != (parameter == "candidate"):
+        raise ValueError(f"{parameter}={uri} is not what {made_by} ends with. Pass its uri.")
+    return {**metadata, "uri": f"models:/{info.model_id}"}
 
 
 def champion_against(candidate: str, config: Config) -> ModelVersion | None:
@@ -209,10 +263,10 @@ def main(config: Config) -> Evaluation:
                 f"as {parameter}=<uri>."
             )
     require_harness(config.evaluate.harness.tasks)
-    candidates = interfaces_of(str(config.candidate).split("+"))
+    candidates, reference = logged_pair(config)
     inputs = Inputs(
         candidates,
-        logged_model_uri(str(config.reference)),
+        reference,
         champion_against(candidates[0], config),
         read_texts(config.evaluate),
         read_prompts(config.evaluate),
@@ -225,13 +279,12 @@ def main(config: Config) -> Evaluation:
             "models": [candidates, inputs.reference, version_uri(inputs.champion)],
             "conditions": conditions_of(inputs, config.evaluate),
             "remeasure_champion": config.evaluate.remeasure_champion,
-            "gates": asdict(config.evaluate)["gates"] | asdict(config.model)["gates"],
+            "gates": {name: asdict(gate) for name, gate in gates_of(config).items()},
             "tracking": mlflow.get_tracking_uri(),
         },
         code=CODE,
         work=lambda folder: evaluate(inputs, config, folder),
-        # An execution provider may be there by now, and to ask takes seconds.
-        still_there=lambda evaluation: evaluation.verdict != "not_evaluated",
+        still_there=is_complete,
         publish=lambda evaluation: publish(evaluation, inputs, config),
     )
 

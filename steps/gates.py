@@ -16,8 +16,8 @@ def judge(
     """Hold each gate against its metric; a missing or NaN number fails it.
 
     A gate `of` the checkpoint or the champion bounds the metric as a factor of theirs; where a
-    baseline is None (there is no champion yet), it is kept. Each result has name, metric, value,
-    baseline, min, max, of and passed, `min` and `max` in the metric's own unit.
+    baseline is None (there is no champion yet), any number keeps it. Each result has name, metric,
+    value, of, factors, passed, and `min` and `max` in the metric's own unit.
     """
     results = []
     for name, gate in gates.items():
@@ -42,7 +42,7 @@ def judge(
                 "of": gate.of.value,
                 "factors": {k: v for k, v in asdict(gate).items() if k in bounds},
                 **bounds,
-                "passed": absent or low <= value <= high,
+                "passed": not math.isnan(value) and (absent or low <= value <= high),
             }
         )
     return results

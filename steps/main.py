@@ -97,7 +97,10 @@ def show(outcomes: dict[str, dict[str, Any]]) -> None:
     )
     for column in ("metric", "ONNX", "checkpoint", "gate"):
         figures.add_column(column, justify="left" if column == "metric" else "right")
-    gates = {gate["metric"]: bounds(gate) for gate in evaluation["gates"]}
+    gates: dict[str, str] = {}
+    for gate in evaluation["gates"]:
+        shown = [gates[gate["metric"]]] if gate["metric"] in gates else []
+        gates[gate["metric"]] = ", ".join([*shown, bounds(gate)])
     for metric in reference | candidate:
         if metric in METRICS and metric != "scored_tokens":
             values = [f"{m[metric]:,.4g}" if metric in m else "" for m in (candidate, reference)]

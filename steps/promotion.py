@@ -53,7 +53,9 @@ def settle(
             nominate(client, version)
         return reasons
     for version in [*followers, lead]:
-        promote(client, version)
+        # Other targets share the checkpoint's model: a later one stays where it is.
+        if "target" in version.tags or SUCCEEDS not in version.tags:
+            promote(client, version)
     return []
 
 

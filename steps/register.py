@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,8 +32,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from steps.command import entry_point
 from steps.config import ROOT, Config, Register
 from steps.promotion import drop_challenger, nominate, settle
+from steps.provenance import digest_of
 from steps.registry import ANSWERED, CHALLENGER, CHAMPION, aliases_of, registered_name, turn
-from steps.step import local_path, run_step
+from steps.step import local_path, logged_model_exists, run_step
 
 log = logging.getLogger("steps.register")
 
@@ -40,7 +42,7 @@ CODE = ("register.py", "promotion.py", "registry.py", "gates.py", "ask.py")
 # What MLflow's stores hold of a tag or description, in characters.
 LIMIT = 5000
 # The tags that a version of the same content takes from a later evaluation with the same verdict.
-REFRESHED = ("metrics", "conditions", "verdict_reasons")
+REFRESHED = ("metrics", "conditions", "verdict_reasons", "evaluated_with")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def register(evaluation: dict[str, Any], settings: Register, holder: str) -> Reg
             nominate(client, version)
     if passed:
         try:
-            prove(client, versions)
+            prove(client, versions, evaluation)
         except RuntimeError:
             with turn(client, names, holder):
                 for version in versions:
@@ -123,7 +125,8 @@ def provenance_tags(metadata: dict[str, Any], evaluation: dict[str, Any]) -> dic
         "source": checkpoint["source"],
         "revision": checkpoint.get("revision", ""),
         "licence": checkpoint.get("licence", ""),
-        "verdict": evaluation["verdict"],
+        # A verdict is about the ONNX model; the checkpoint serves many as their reference.
+        "verdict": evaluation["verdict"] if onnx else "",
         "verdict_reasons": "; ".join(evaluation["reasons"]) if onnx else "",
         "evaluated_with": evaluation["reference"] if onnx else evaluation["candidates"][0],
         "metrics": metrics_tag(evaluation["candidate_metrics" if onnx else "reference_metrics"]),
@@ -137,8 +140,9 @@ def provenance_tags(metadata: dict[str, Any], evaluation: dict[str, Any]) -> dic
 
 
 def metrics_tag(metrics: dict[str, float]) -> str:
-    """Metrics as JSON, the last ones left out where they are too many for a tag."""
-    finite = {k: float(f"{v:.6g}") for k, v in metrics.items() if math.isfinite(v)}
+    """Metrics as JSON, details left out where they are too many for a tag."""
+    details_last = sorted(metrics, key=lambda name: re.search("_ci95_|_at_|/", name) is not None)
+    finite = {k: float(f"{metrics[k]:.6g}") for k in details_last if math.isfinite(metrics[k])}
     while len(text := json.dumps(finite)) > LIMIT:
         finite.popitem()
     return text
@@ -170,7 +174,10 @@ def version_of(client: MlflowClient, entry: Entry) -> ModelVersion:
     found = mlflow.search_model_versions(filter_string=f"name = '{entry.name}'")
     for number in sorted(int(version.version) for version in found if version.status == "READY"):
         version = client.get_model_version(entry.name, str(number))
-        if all(version.tags.get(tag) == entry.tags[tag] for tag in same):
+        logged_model = str(version.source).removeprefix("models:/")
+        if all(version.tags.get(tag) == entry.tags[tag] for tag in same) and logged_model_exists(
+            logged_model
+        ):
             log.info("register: %s version %d holds this content already", entry.name, number)
             refresh(client, version, entry)
             break
@@ -207,9 +214,18 @@ def link(client: MlflowClient, version: ModelVersion) -> None:
         client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(linked)})
 
 
-def prove(client: MlflowClient, versions: list[ModelVersion]) -> None:
-    """Load versions by their URIs in one fresh process, and ask them; tag those that answer."""
-    unproven = [version for version in versions if ANSWERED not in version.tags]
+def prove(client: MlflowClient, versions: list[ModelVersion], evaluation: dict[str, Any]) -> None:
+    """Load versions by their URIs in one fresh process, and ask them; tag those that answer.
+
+    Those that answered after the same measurement are not asked again, nor is the champion.
+    """
+    measurement = digest_of([evaluation["candidate_metrics"], evaluation["conditions"]])[:16]
+    unproven = [
+        version
+        for version in versions
+        if version.tags.get(ANSWERED) != measurement
+        and aliases_of(client, version.name).get(CHAMPION) != str(version.version)
+    ]
     if not unproven:
         return
     uris = [f"models:/{version.name}/{version.version}" for version in unproven]
@@ -226,7 +242,7 @@ def prove(client: MlflowClient, versions: list[ModelVersion]) -> None:
         complaint = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
         raise RuntimeError(f"registered but not promoted: {complaint}")
     for version in unproven:
-        client.set_model_version_tag(version.name, version.version, ANSWERED, "true")
+        client.set_model_version_tag(version.name, version.version, ANSWERED, measurement)
 
 
 def registration(

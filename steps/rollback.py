@@ -78,6 +78,11 @@ def rollback(names: list[str], reason: str, holder: str) -> Rollback:
         for step in plan.steps:
             go_back(client, step, plan.reason)
     client.delete_registered_model_tag(names[0], PLAN)
+    if plan.reason.split(" (")[0] != reason.split(" (")[0]:
+        raise RuntimeError(
+            f"finished an earlier rollback, because: {plan.reason}. Look at the champion, and roll "
+            "back again if it has to go as well."
+        )
     return plan
 
 
@@ -102,7 +107,11 @@ def unfinished(client: MlflowClient, names: list[str]) -> Rollback | None:
         return None
     plan = json.loads(text)
     steps = [Step(**step) for step in plan["steps"]]
-    steps = [s for s in steps if aliases_of(client, s.name).get(CHAMPION) in (s.ousted, s.restored)]
+    steps = [
+        step
+        for step in steps
+        if aliases_of(client, step.name).get(CHAMPION, "") in (step.ousted, step.restored)
+    ]
     if not steps:
         return None
     log.info("rollback: finishing the one that was begun: %s", plan["reason"])
@@ -116,7 +125,7 @@ def plan_of(client: MlflowClient, names: list[str], reason: str) -> Rollback:
         aliases = aliases_of(client, name)
         champion = aliases.get(CHAMPION, "")
         line = predecessors(client, name, champion, aliases.get(PREVIOUS, ""))
-        if champion and line:
+        if line:
             steps.append(Step(name, champion, line[0], line[1] if len(line) > 1 else ""))
     if not steps:
         raise ValueError(f"{' and '.join(names)} have no version to go back to.")
@@ -143,7 +152,8 @@ def predecessors(client: MlflowClient, name: str, champion: str, previous: str) 
 
 def go_back(client: MlflowClient, step: Step, reason: str) -> None:
     """Move the aliases; every write may have been made before."""
-    client.set_model_version_tag(step.name, step.ousted, ROLLED_BACK, reason)
+    if step.ousted:  # somebody may have taken the alias from it
+        client.set_model_version_tag(step.name, step.ousted, ROLLED_BACK, reason)
     client.set_registered_model_alias(step.name, CHAMPION, step.restored)
     if step.previous:
         client.set_registered_model_alias(step.name, PREVIOUS, step.previous)

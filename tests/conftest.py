@@ -29,7 +29,8 @@ TINY = (
     f"hydra.searchpath=[file://{ROOT / 'tests' / 'conf'}] evaluate=tiny "
     "log_pyfunc.prove_environment=false "
     "model.gates.perplexity_ratio.max=3 model.gates.kl_divergence.max=2 "
-    "model.gates.top1_agreement.min=0.2"
+    "model.gates.top1_agreement.min=0.2 "
+    "~evaluate.gates.decode_tokens_per_s"  # no verdict of a test hangs on a time
 )
 
 

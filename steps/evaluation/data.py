@@ -6,7 +6,6 @@ Texts are JSON Lines, plain text, CSV or Parquet, here or in a dataset at the Hu
     evaluate.texts=hf://datasets/my-org/my-texts@main/data/test.parquet evaluate.text_column=body
 """
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -29,13 +28,14 @@ def read_texts(config: Evaluate) -> list[dict[str, Any]]:
     if reader is None:
         raise ValueError(f"evaluate.texts={config.texts}: valid are {', '.join(READERS)} files.")
     texts, characters = [], 0
-    for row in reader(path):
-        text = row.get(config.text_column)
-        if not isinstance(text, str):
+    for row in readable(reader(path), config.texts):
+        if config.text_column not in row:
             raise ValueError(
-                f"{config.texts} has a row without text in {config.text_column!r}; "
-                f"it has {', '.join(map(str, row))}. Set evaluate.text_column."
+                f"{config.texts} has a row without {config.text_column!r}; it has "
+                f"{', '.join(map(str, row))}. Set evaluate.text_column."
             )
+        text = row[config.text_column]
+        text = text if isinstance(text, str) else ""  # an empty cell
         # A row that does not say its kind or language is of any.
         if (
             all(
@@ -59,7 +59,7 @@ def read_prompts(config: Evaluate) -> list[dict[str, Any]]:
     """The first `max_prompts` prompts, as MLflow's rows of inputs and expectations."""
     path = data_file(config.prompts, "evaluate.prompts")
     prompts = []
-    for number, row in enumerate(read_jsonl(path), 1):
+    for number, row in enumerate(readable(read_jsonl(path), config.prompts), 1):
         try:
             require_prompt(row)
         except ValueError as error:
@@ -68,6 +68,14 @@ def read_prompts(config: Evaluate) -> list[dict[str, Any]]:
     if not prompts:
         raise ValueError(f"{config.prompts} has no prompts.")
     return prompts[: config.max_prompts]
+
+
+def readable(rows: Iterable[dict[str, Any]], uri: str) -> Iterator[dict[str, Any]]:
+    """The rows; ValueError with the file's name where it is not what its suffix says."""
+    try:
+        yield from rows
+    except ValueError as error:  # of json, pandas, pyarrow and UTF-8 alike
+        raise ValueError(f"{uri} cannot be read: {error}") from error
 
 
 def data_file(uri: str, key: str) -> Path:
@@ -93,9 +101,9 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+                raise ValueError(f"line {number} is not JSON: {error}.") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is not a JSON object.")
+                raise ValueError(f"line {number} is not a JSON object.")
             yield row
 
 
@@ -106,21 +114,21 @@ def read_plain(path: Path) -> Iterator[dict[str, Any]]:
             yield {"text": text}
 
 
-def read_csv(path: Path) -> Iterable[dict[str, Any]]:
+def read_csv(path: Path) -> Iterator[dict[str, Any]]:
     import pandas as pd
 
-    chunks = pd.read_csv(path, chunksize=1000)
-    return itertools.chain.from_iterable(chunk.to_dict("records") for chunk in chunks)
+    for chunk in pd.read_csv(path, chunksize=1000):
+        yield from chunk.to_dict("records")
 
 
-def read_parquet(path: Path) -> Iterable[dict[str, Any]]:
+def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
-    batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
-    return itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+        yield from batch.to_pylist()
 
 
-READERS: dict[str, Callable[[Path], Iterable[dict[str, Any]]]] = {
+READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
     ".jsonl": read_jsonl,
     ".txt": read_plain,
     ".md": read_plain,

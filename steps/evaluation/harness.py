@@ -41,7 +41,7 @@ def run_tasks(
         adapted(model), tasks=tasks, limit=limit, task_manager=TaskManager(include_path=include)
     )
     return {
-        f"{task}/{name.removesuffix(',none')}": float(value)
+        f"{task}/{name.removesuffix(',none').replace(',', '/')}": float(value)
         for task, values in results["results"].items()
         for name, value in values.items()
         if isinstance(value, (int, float)) and "stderr" not in name and "," in name

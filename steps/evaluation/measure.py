@@ -28,6 +28,8 @@ from steps.step import EXPECTED_ERRORS, one_line, set_up_logging
 
 log = logging.getLogger("steps.measure")
 
+OVERHEAD = 64  # tokens of a timed prompt beside its passage: the chat template, the question
+
 
 @dataclass
 class Measured:
@@ -50,6 +52,7 @@ def measure_checkpoint(folder: str, request: dict[str, Any], out: Path) -> Measu
     model = Transformers(folder)
     found = Measured({"load_s": time.perf_counter() - start})
     log.info("measure: loaded in %.1f s", found.metrics["load_s"])
+    require_room(model, request)
     time_answers(found, model, request)
     answers = answer_prompts(found, model, request)
     scored = {key: request[key] for key in ("texts", "window", "max_tokens")}
@@ -105,6 +108,21 @@ def measure_candidate(folder: str, request: dict[str, Any], reference: Path | No
             log.exception("measure: %s failed", part.__name__)
             found.failures[part.__name__] = one_line(error)
     return found
+
+
+def require_room(model: Transformers, request: dict[str, Any]) -> None:
+    """Raise ValueError where something to measure is longer than the context."""
+    length, new = model.context_length, request["max_new_tokens"]
+    needs = {"evaluate.window": request["window"]}
+    needs["evaluate.prompt_lengths"] = max(request["prompt_lengths"]) + new + OVERHEAD
+    for number, prompt in enumerate(request["prompts"], 1):
+        _, tokens = model.render(prompt["messages"])
+        needs[f"evaluate.prompts, row {number}"] = len(tokens) + (prompt.get("max_tokens") or new)
+    for what, tokens_needed in needs.items():
+        if tokens_needed > length:
+            raise ValueError(
+                f"{what} needs {tokens_needed} tokens, more than the context's {length}."
+            )
 
 
 def time_answers(found: Measured, model: Model, request: dict[str, Any]) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from steps.config import ROOT, Evaluate
 from steps.evaluation.measure import Measured
 from steps.provenance import digest_files, digest_of
-from steps.step import versions
+from steps.step import one_line, versions
 
 log = logging.getLogger("steps.evaluate")
 
@@ -87,7 +88,7 @@ def measure_in(scratch: Path, inputs: Inputs, settings: Evaluate, conditions: st
     checkpoint = measure(reference, scratch / "checkpoint")
     log.info("evaluate: measuring the candidate %s", candidate)
     found = measure(candidate, scratch / "candidate", scratch / "checkpoint")
-    champion = measure_champion(inputs.champion, settings, conditions, scratch)
+    champion = measure_champion(inputs.champion, reference, settings, conditions, scratch)
     return Measurements(found, checkpoint, champion)
 
 
@@ -128,7 +129,11 @@ def measure(
 
 
 def measure_champion(
-    champion: ModelVersion | None, settings: Evaluate, conditions: str, scratch: Path
+    champion: ModelVersion | None,
+    reference: str,
+    settings: Evaluate,
+    conditions: str,
+    scratch: Path,
 ) -> Measured:
     """The champion's metrics, read from its version where they can be compared, else measured."""
     if champion is None:
@@ -137,16 +142,25 @@ def measure_champion(
     if comparable and not settings.remeasure_champion:
         log.info("evaluate: the champion's metrics are read from its version")
         return Measured(json.loads(champion.tags["metrics"]))
-    uri = version_uri(champion)
+    uri, own = version_uri(champion), champion.tags.get("evaluated_with", "")
     log.info("evaluate: measuring the champion %s", uri)
     try:
-        found = measure(uri, scratch / "champion", scratch / "checkpoint")
-    except RuntimeError as error:  # its files are gone, say: gates of the champion then fail
-        log.warning("evaluate: %s", error)
-        return Measured()
+        checkpoint = scratch / "checkpoint"
+        if content(own) != content(reference):  # its fidelity is to its own
+            log.info("evaluate: measuring its checkpoint %s", own)
+            checkpoint = scratch / "champions-checkpoint"
+            measure(own, checkpoint)
+        found = measure(uri, scratch / "champion", checkpoint)
+    except (RuntimeError, MlflowException) as error:  # its files are gone, say
+        found = Measured(failures={"champion": one_line(error)})
     if found.unavailable or found.failures:
         log.warning("evaluate: the champion: %s", found.unavailable or found.failures)
     return found
+
+
+def content(uri: str) -> str:
+    """The digest of a logged model's content."""
+    return (mlflow.models.get_model_info(uri).metadata or {})["content"]
 
 
 def conditions_of(inputs: Inputs, settings: Evaluate) -> str:

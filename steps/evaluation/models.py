@@ -52,6 +52,7 @@ class Transformers:
         self.pipeline = self.pyfunc.get_raw_model()
         self.tokenizer = self.pipeline.tokenizer
         self.end_token = self.tokenizer.eos_token_id
+        self.context_length: int = self.pipeline.model.config.max_position_embeddings
 
     def ask(self, conversations: list[Messages], max_tokens: int) -> list[Answer]:
         requests = [{"messages": messages, "max_tokens": max_tokens} for messages in conversations]

@@ -22,11 +22,11 @@ METRICS: dict[str, tuple[str, int, bool | None]] = {
     "scored_tokens": ("Tokens scored", 0, None),
     "task_accuracy": ("Task accuracy (share of prompts)", 3, True),
     "degenerate_share": ("Degenerate answers (share)", 3, False),
-    "ttft_s_p50": ("Time to first token, median (s)", 3, False),
-    "ttft_s_p95": ("Time to first token, 95th percentile (s)", 3, False),
-    "prefill_tokens_per_s": ("Prefill (tokens/s)", 0, True),
+    "ttft_s_p50": ("Time to first token of the longest prompts, median (s)", 3, False),
+    "ttft_s_p95": ("Time to first token of the longest prompts, 95th percentile (s)", 3, False),
+    "prefill_tokens_per_s": ("Prefill of the longest prompts (tokens/s)", 0, True),
     "decode_tokens_per_s": ("Decode (tokens/s)", 1, True),
-    "batch_tokens_per_s": ("Decode of a batch (tokens/s)", 1, True),
+    "batch_tokens_per_s": ("Batch throughput, prefill included (tokens/s)", 1, True),
     "load_s": ("Load (s)", 2, False),
     "peak_rss_mb": ("Peak resident memory (MB)", 0, False),
     "size_mb": ("Size on disk (MB)", 0, False),
@@ -63,8 +63,8 @@ def write_report(
 ) -> tuple[Path, str]:
     """Render report.html and model_card.md from an Evaluation's fields, and what is known `about`.
 
-    `about` has the series of both sides, machine, versions, digests of weights, and the number of
-    texts. Returns the report's path and the card's text.
+    `about` has the series of both sides, machine, versions and digests of weights. Returns the
+    report's path and the card's text.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -80,8 +80,7 @@ def write_report(
         "rows": rows(evaluation),
         "lengths": lengths(evaluation, config.evaluate.prompt_lengths),
         "gates": [
-            (label(gate["metric"]), shown_value(gate), bounds(gate), gate)
-            for gate in evaluation["gates"]
+            (label(gate), shown_value(gate), bounds(gate), gate) for gate in evaluation["gates"]
         ],
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -133,8 +132,11 @@ def lengths(evaluation: dict[str, Any], prompt_lengths: list[int]) -> list[list[
     ]
 
 
-def label(metric: str) -> str:
-    return CHECKS.get(metric) or METRICS.get(metric, (metric,))[0]
+def label(gate: dict[str, Any]) -> str:
+    """The metric in words, and the gate's name where it is another."""
+    metric = gate["metric"]
+    words = CHECKS.get(metric) or METRICS.get(metric, (metric,))[0]
+    return words if gate["name"] == metric else f"{words}: {gate['name']}"
 
 
 def shown_value(gate: dict[str, Any]) -> str:
@@ -212,7 +214,7 @@ def lines(evaluation: dict[str, Any], series: dict[str, dict[str, Any]]) -> str:
             percentiles = [100 * (i + 0.5) / len(seconds) for i in range(len(seconds))]
             latency.plot(percentiles, seconds, color=COLOURS[side], marker=".", label=SIDES[side])
             latency.legend(frameon=False, fontsize=9)
-    latency.set_title("Time to first token, by percentile of the timed prompts", fontsize=10)
+    latency.set_title("Time to first token of the longest prompts, by percentile", fontsize=10)
     latency.set_xlabel("percentile", fontsize=9)
     latency.set_ylabel("s", fontsize=9)
     for axis in (divergence, latency):

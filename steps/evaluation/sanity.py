@@ -66,13 +66,17 @@ def template_difference(model: Genai, expected: list[tuple[Messages, str, list[i
 
 
 def stop_failure(answers: list[Answer], ended: list[bool], special_tokens: list[str]) -> str:
-    """Whether the model runs past its end tokens, in words."""
+    """Whether the model runs past its end tokens, in words.
+
+    Other answers end elsewhere, so that half as many ends as the checkpoint's are enough.
+    """
     for answer in answers:
         for token in special_tokens:
             if token in answer.text:
                 return f"the answer {answer.text[:200]!r} holds {token!r}"
-    if any(ended) and not any(answer.ended for answer in answers):
-        return f"no answer ended by itself; {sum(ended)} of the checkpoint's did"
+    found = sum(answer.ended for answer in answers)
+    if found < sum(ended) / 2:
+        return f"{found} answers ended by themselves; {sum(ended)} of the checkpoint's did"
     return ""
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from steps.evaluation.models import Messages, Model
+from steps.evaluation.models import Answer, Messages, Model
 
 # Something to write much about, so that answers seldom end before they are timed.
 TOPICS = ("a lighthouse", "a market", "a train journey", "an old library", "a storm", "a bridge")
+
+LEAST_TOKENS = 4  # of an answer whose decoding is timed
 
 
 def measure_speed(
@@ -24,40 +26,48 @@ def measure_speed(
     """Metrics, and the series `ttft_s` (seconds of each timed answer).
 
     Time to first token is that of an answer of one token; decoding is timed over the tokens after
-    it, in an answer of `max_new_tokens` to another prompt of that length. Percentiles are over the
-    prompts of all lengths; `prefill_tokens_per_s` is at the longest. No prompt comes twice.
+    it, in an answer of `max_new_tokens` to another prompt of that length. No prompt comes twice.
+    Metrics that name no length are those at the longest, but for decoding, which is the median of
+    all.
     """
     passages = Passages(model, texts)
     model.ask([passages.next(16)], 2)  # warm-up
     metrics: dict[str, float] = {}
-    first_token_s: list[float] = []
+    first_token_s: dict[int, list[float]] = {}
     decodes: list[float] = []
-    for length in tqdm(prompt_lengths, desc="speed", leave=False):
-        ttft, prefill, decode = [], [], []
+    for length in tqdm(sorted(prompt_lengths), desc="speed", leave=False):
+        ttft, prefill, answers = [], [], []
         for _ in range(repeats):
             seconds, [answer] = timed(model, [passages.next(length)], 1)
             ttft.append(seconds)
             prefill.append(answer.prompt_tokens / seconds)
-            seconds, [answer] = timed(model, [passages.next(length)], max_new_tokens)
-            if answer.tokens > 1:
-                decode.append((answer.tokens - 1) / max(seconds - ttft[-1], 1e-9))
+            answers.append(timed(model, [passages.next(length)], max_new_tokens))
+        first_token_s[length] = ttft
+        decode = decode_rates(answers, statistics.median(ttft))
+        decodes += decode
         metrics[f"ttft_s_p50_at_{length}"] = statistics.median(ttft)
         metrics[f"prefill_tokens_per_s_at_{length}"] = statistics.median(prefill)
         metrics[f"decode_tokens_per_s_at_{length}"] = median(decode)
-        first_token_s += ttft
-        decodes += decode
-    seconds, answers = timed(
-        model, [passages.next(prompt_lengths[0]) for _ in range(batch_size)], max_new_tokens
-    )
-    p50, p95 = np.percentile(first_token_s, [50, 95])
+    longest = max(prompt_lengths)
+    batch = [passages.next(min(prompt_lengths)) for _ in range(batch_size)]
+    seconds, answers_of_batch = timed(model, batch, max_new_tokens)
     metrics |= {
-        "ttft_s_p50": float(p50),
-        "ttft_s_p95": float(p95),
-        "prefill_tokens_per_s": metrics[f"prefill_tokens_per_s_at_{max(prompt_lengths)}"],
+        "ttft_s_p50": metrics[f"ttft_s_p50_at_{longest}"],
+        "ttft_s_p95": float(np.percentile(first_token_s[longest], 95)),
+        "prefill_tokens_per_s": metrics[f"prefill_tokens_per_s_at_{longest}"],
         "decode_tokens_per_s": median(decodes),
-        "batch_tokens_per_s": sum(answer.tokens for answer in answers) / seconds,
+        "batch_tokens_per_s": sum(answer.tokens for answer in answers_of_batch) / seconds,
     }
-    return metrics, {"ttft_s": first_token_s}
+    return metrics, {"ttft_s": first_token_s[longest]}
+
+
+def decode_rates(timed_answers: list[tuple[float, list[Answer]]], ttft_s: float) -> list[float]:
+    """Tokens/s after the first token, of the answers that took long enough to tell."""
+    return [
+        (answer.tokens - 1) / (seconds - ttft_s)
+        for seconds, [answer] in timed_answers
+        if answer.tokens >= LEAST_TOKENS and seconds > ttft_s
+    ]
 
 
 class Passages:
@@ -78,7 +88,9 @@ class Passages:
         return [{"role": "user", "content": question}]
 
 
-def timed(model: Model, conversations: list[Messages], max_tokens: int) -> tuple[float, list[Any]]:
+def timed(
+    model: Model, conversations: list[Messages], max_tokens: int
+) -> tuple[float, list[Answer]]:
     start = time.perf_counter()
     answers = model.ask(conversations, max_tokens)
     return time.perf_counter() - start, answers

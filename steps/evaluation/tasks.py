@@ -48,19 +48,50 @@ CHECKS: dict[str, Callable[[str, Any], bool]] = {
 }
 
 
+TEXT = {"type": "string"}
+MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": TEXT},
+}
+# What a row may be, as a JSON schema.
+PROMPT = {
+    "required": ["inputs"],
+    "properties": {
+        "inputs": {
+            "type": "object",
+            "required": ["messages"],
+            "properties": {
+                "messages": {"type": "array", "minItems": 1, "items": MESSAGE},
+                "max_tokens": {"type": "integer", "minimum": 1},
+            },
+        },
+        "expectations": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "exact_match": TEXT,
+                "contains": {"anyOf": [TEXT, {"type": "array", "minItems": 1, "items": TEXT}]},
+                "regex": TEXT,
+                "json_schema": {"type": "object"},
+            },
+        },
+    },
+}
+
+
 def require_prompt(row: dict[str, Any]) -> None:
     """Raise ValueError where a prompt is malformed."""
-    messages = (row.get("inputs") or {}).get("messages")
-    if not messages or not all({"role", "content"} <= set(message) for message in messages):
-        raise ValueError('has no "inputs" with "messages" of "role" and "content"')
+    try:
+        jsonschema.validate(row, PROMPT)
+    except jsonschema.ValidationError as error:
+        raise ValueError(f"is malformed at {error.json_path}: {error.message}") from error
     for name, expected in (row.get("expectations") or {}).items():
-        if name not in CHECKS:
-            raise ValueError(f"expects {name!r}; valid: {', '.join(CHECKS)}")
         try:
             if name == "json_schema":
                 jsonschema.validators.validator_for(expected).check_schema(expected)
-            CHECKS[name]("", expected)
-        except Exception as error:  # of re, jsonschema, or a value of the wrong type
+            CHECKS[name]("{}", expected)  # resolves what a schema refers to
+        except Exception as error:  # of re, jsonschema or referencing
             raise ValueError(f"expects a {name} that is none: {error}") from error
 
 
