@@ -128,7 +128,7 @@ def provenance_tags(metadata: dict[str, Any], evaluation: dict[str, Any]) -> dic
         # A verdict is about the ONNX model; the checkpoint serves many as their reference.
         "verdict": evaluation["verdict"] if onnx else "",
         "verdict_reasons": "; ".join(evaluation["reasons"]) if onnx else "",
-        "evaluated_with": evaluation["reference"] if onnx else evaluation["candidates"][0],
+        "evaluated_with": evaluation["reference"] if onnx else "",
         "metrics": metrics_tag(evaluation["candidate_metrics" if onnx else "reference_metrics"]),
         "conditions": evaluation["conditions"],
         "versions": json.dumps(provenance.get("versions", {})),

@@ -128,14 +128,14 @@ def test_a_gate_may_be_a_factor_of_the_checkpoints_or_the_champions_metric() -> 
 
 
 @pytest.mark.parametrize("bounds", [{}, {"min": 2, "max": 1}, {"max": math.nan}])
-def test_a_gate_without_bounds_that_can_be_kept_is_refused(bounds: dict[str, float]) -> None:
+def test_a_gate_without_bounds_that_can_be_kept_is_refused(bounds: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="it must have one of them, or both"):
         Gate(**bounds)
 
 
 def test_a_gate_of_an_unknown_metric_is_refused_before_anything_is_measured() -> None:
     with pytest.raises(ValueError, match="the gate perplexty bounds perplexty, which is no metric"):
-        gates_of(composed("+evaluate.gates.perplexty.max=2"))
+        gates_of(composed("+evaluate.gates.perplexty={max: 2}"))
 
 
 def test_decoding_is_timed_only_where_it_took_time() -> None:
