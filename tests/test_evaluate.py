@@ -134,8 +134,9 @@ def test_a_gate_without_bounds_that_can_be_kept_is_refused(bounds: dict[str, Any
 
 
 def test_a_gate_of_an_unknown_metric_is_refused_before_anything_is_measured() -> None:
+    config = composed("+evaluate.gates={perplexty: {max: 2}}")
     with pytest.raises(ValueError, match="the gate perplexty bounds perplexty, which is no metric"):
-        gates_of(composed("+evaluate.gates.perplexty={max: 2}"))
+        gates_of(config)
 
 
 def test_decoding_is_timed_only_where_it_took_time() -> None:
