@@ -76,7 +76,7 @@ class Evaluation:
 
 def evaluate(inputs: Inputs, config: Config, folder: Path) -> Evaluation:
     """Measure, judge, and write the report."""
-    measured = measure_all(inputs, config.evaluate, folder.parent)
+    measured = measure_all(inputs, config.evaluate, folder)
     candidate, checkpoint, champion = measured.candidate, measured.checkpoint, measured.champion
     answers = answers_of(inputs.prompts, candidate.answers, checkpoint.answers)
     for found in (candidate, checkpoint, champion):

@@ -53,15 +53,15 @@ class Measurements:
 
 
 def measure_all(inputs: Inputs, settings: Evaluate, folder: Path) -> Measurements:
-    """Measure each model in a process of its own.
+    """Measure each model in a process of its own, with `folder` for scratch.
 
-    What was measured without failures is kept in `folder`, so that other gates need no new
+    What was measured without failures is kept beside it, so that other gates need no new
     measurement.
     """
     conditions = conditions_of(inputs, settings)
     models = [inputs.candidates[0], inputs.reference, version_uri(inputs.champion)]
     key = digest_of([conditions, models, settings.remeasure_champion])
-    kept = folder / f"measured-{key[:16]}.json"
+    kept = folder.parent / f"measured-{key[:16]}.json"
     if kept.is_file():
         log.info("evaluate: read what was measured before, in %s", kept)
         found = json.loads(kept.read_text())
