@@ -89,8 +89,9 @@ def measure_candidate(folder: str, request: dict[str, Any], reference: Path | No
 
     def answers() -> None:
         answers = answer_prompts(found, model, request)
-        checks, found.failures = sanity.check_sanity(model, answers, reference)
+        checks, failures = sanity.check_sanity(model, answers, reference)
         found.metrics |= checks
+        found.failures |= failures
 
     def scores() -> None:
         metrics, series = fidelity.compare_with_reference(model.log_probabilities, reference)
