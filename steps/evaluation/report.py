@@ -38,11 +38,8 @@ CHECKS = {
     "stop_token_honoured": "Stops at its end tokens",
     "deterministic": "The same seed gives the same answer",
 }
-AT_LENGTH = {
-    "ttft_s_p50": ("First token (s)", 3),
-    "prefill_tokens_per_s": ("Prefill (tokens/s)", 0),
-    "decode_tokens_per_s": ("Decode (tokens/s)", 1),
-}
+# Metrics of each prompt length, as the page heads them in this order -> digits after the point.
+AT_LENGTH = {"ttft_s_p50": 3, "prefill_tokens_per_s": 0, "decode_tokens_per_s": 1}
 BARS = {
     "size_mb": "Size (MB)",
     "peak_rss_mb": "Peak memory (MB)",
@@ -125,7 +122,7 @@ def lengths(evaluation: dict[str, Any], prompt_lengths: list[int]) -> list[list[
         [f"{length:,}"]
         + [
             formatted(evaluation[f"{side}_metrics"].get(f"{metric}_at_{length}"), digits)
-            for metric, (_, digits) in AT_LENGTH.items()
+            for metric, digits in AT_LENGTH.items()
             for side in ("candidate", "reference")
         ]
         for length in prompt_lengths
