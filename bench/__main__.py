@@ -21,12 +21,13 @@ from typing import Any
 
 import mlflow
 from rich.console import Console
-from rich.table import Table
 
 from bench.server import serving
-from flavors.genai.cores import available_cores
-from steps.config import ROOT
-from steps.step import require_tracking_server, versions
+from slm.config import ROOT
+from slm.evaluation.summary import table
+from slm.running.tracking import settle_tracking
+from slm.running.work import versions
+from slm_pyfunc.engine.cores import available_cores
 
 PEERS = ("llama_cpp", "openvino_genai")
 Rounds = dict[str, list[dict[str, Any]]]
@@ -210,7 +211,7 @@ def main() -> None:
     parser.add_argument("--gguf", help="the checkpoint as GGUF, for the peers")
     parser.add_argument("--peers-python", default=sys.executable, help="where peers are installed")
     arguments = parser.parse_args()
-    require_tracking_server()
+    settle_tracking()
     names = [
         f"{arguments.model}-{arguments.target}-{interface}" for interface in ("chat", "prompt")
     ]
@@ -223,12 +224,12 @@ def main() -> None:
     record = {"machine": machine(), "figures": figures, "rounds": results}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("figure", "measured", "bound"):
-        table.add_column(column, justify="left" if column == "figure" else "right")
-    for figure, value, bound in figures:
-        table.add_row(figure, f"{value:,.3g}" if value < 100 else f"{value:,.0f}", bound)
-    Console(width=100, highlight=False).print(table)
+    rows = [
+        [figure, f"{value:,.3g}" if value < 100 else f"{value:,.0f}", bound]
+        for figure, value, bound in figures
+    ]
+    columns = {"figure": "left", "measured": "right", "bound": "right"}
+    Console(width=100, highlight=False).print(table("", columns, rows))
     report(f"every round is in {arguments.out}")
 
 

@@ -8,34 +8,23 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlflow
 
-from steps.command import entry_point
-from steps.config import Config
-from steps.provenance import digest_of, read_provenance, require_files, size_mb
-from steps.step import local_path, logged_model_exists, run_step, versions
+from slm.config import Config
+from slm.digests import Provenance, digest_of, read_provenance, require_files, size_mb
+from slm.records import LoggedModel, LoggedModels
+from slm.running.command import entry_point
+from slm.running.run import run_step
+from slm.running.tracking import local_path, logged_model_exists
+from slm.running.work import versions
+from slm_pyfunc.signatures import QUESTION
 
 LIBRARIES = ("mlflow", "transformers", "torch", "accelerate")
 
 
-@dataclass(frozen=True)
-class LoggedTransformers:
-    """A logged model; `content` is the digest of its weights and environment."""
-
-    uri: str
-    model_id: str
-    name: str
-    content: str
-    size_mb: float
-
-
-def log_transformers(
-    checkpoint: Path, provenance: dict[str, Any], config: Config
-) -> LoggedTransformers:
+def log_transformers(checkpoint: Path, provenance: Provenance, model_name: str) -> LoggedModels:
     """Log the checkpoint folder as it is: its weights are copied, never loaded."""
     # MLflow looks for a model card at the hub, under whatever name it was given.
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -44,32 +33,31 @@ def log_transformers(
     requirements = [
         f"{package}=={version.split('+')[0]}" for package, version in versions(*LIBRARIES).items()
     ]
-    content = digest_of([provenance, requirements])
-    name = f"{config.model.name}-transformers"
-    licence = provenance.get("licence", "unknown")
-    with named_checkpoint(checkpoint, config.model.name) as relative_path:
+    model = LoggedModel(
+        uri="",
+        name=f"{model_name}-transformers",
+        model=model_name,
+        interface="chat",
+        content=digest_of([provenance.json(), requirements]),
+        provenance=provenance,
+        size_mb=size_mb(checkpoint),
+    )
+    licence = provenance.licence or "unknown"
+    with named_checkpoint(checkpoint, model_name) as relative_path:
         logged = mlflow.transformers.log_model(
             transformers_model=relative_path,
-            name=name.replace(".", "_"),  # MLflow forbids dots here, not in the registry
+            name=model.logged_name,
             task="llm/v1/chat",
             # The default of transformers' pipeline; a load may override only what was logged.
             model_config={"do_sample": True},
             pip_requirements=requirements,
-            input_example={
-                "messages": [{"role": "user", "content": "What is the capital of France?"}],
-                "max_tokens": 16,
-            },
-            model_card=ModelCard(f"---\nlicense: {licence}\n---\n# {config.model.name}\n"),
-            metadata={
-                "name": name,
-                "model": config.model.name,
-                "interface": "chat",
-                "content": content,
-                "provenance": provenance,
-            },
-            tags={"model": config.model.name, "interface": "chat"},
+            input_example={"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 16},
+            model_card=ModelCard(f"---\nlicense: {licence}\n---\n# {model_name}\n"),
+            metadata=model.metadata(),
+            tags={"model": model_name, "interface": "chat"},
         )
-    return LoggedTransformers(logged.model_uri, logged.model_id, name, content, size_mb(checkpoint))
+    stored = model.stored_as(logged.model_uri)
+    return LoggedModels(stored.uri, [stored], stored.size_mb)
 
 
 @contextlib.contextmanager
@@ -83,23 +71,22 @@ def named_checkpoint(checkpoint: Path, name: str) -> Iterator[str]:
         yield name
 
 
-def main(config: Config) -> LoggedTransformers:
+def main(config: Config) -> LoggedModels:
     checkpoint = local_path(config.source, "source", "fetch")
     require_files(checkpoint, "config.json", made_by="fetch")
     provenance = read_provenance(checkpoint)
     return run_step(
         "log_transformers",
         config,
-        LoggedTransformers,
+        LoggedModels,
         key={
-            "checkpoint": provenance,
+            "checkpoint": provenance.json(),
             "model": config.model.name,
             "tracking": mlflow.get_tracking_uri(),
             "versions": versions(*LIBRARIES),
         },
-        code=[Path(__file__)],
-        work=lambda _: log_transformers(checkpoint, provenance, config),
-        still_there=lambda result: logged_model_exists(result.model_id),
+        make=lambda _: log_transformers(checkpoint, provenance, config.model.name),
+        still_there=lambda result: logged_model_exists(result.models[0].model_id),
     )
 
 

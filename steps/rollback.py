@@ -13,33 +13,34 @@ model from before the first write until after the last.
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 import mlflow
 from mlflow import MlflowClient
 
-from steps.command import entry_point
-from steps.config import Config, Interface, Register
-from steps.registry import (
+from slm.config import Config, Interface, Register
+from slm.errors import InputError, StepError
+from slm.records import from_json
+from slm.registry.names import (
     CHAMPION,
+    PLAN,
     PREVIOUS,
     ROLLED_BACK,
     SUCCEEDS,
     aliases_of,
-    registered_name,
-    turn,
+    name_of,
 )
-from steps.step import log_parameters, mlflow_run
+from slm.registry.turns import turn
+from slm.running.command import entry_point
+from slm.running.tracking import log_parameters, mlflow_run
 
-log = logging.getLogger("steps.rollback")
-
-PLAN = "rollback"
+log = logging.getLogger("slm.rollback")
 
 
 @dataclass(frozen=True)
-class Step:
-    """Versions of a registered model: champion until now, from now on, and who is previous then."""
+class Move:
+    """Versions of a registered model: champion until now, champion then, and previous then."""
 
     name: str
     ousted: str
@@ -49,18 +50,28 @@ class Step:
 
 @dataclass(frozen=True)
 class Rollback:
-    """`reason` names when and who; `uri` is the first restored champion."""
+    """A rollback, as it was planned; `uri` is the first restored champion.
+
+    It says why, when (ISO 8601) and by whom it was asked for.
+    """
 
     uri: str
     reason: str
-    steps: list[Step]
+    steps: list[Move]
+    when: str = ""
+    who: str = ""
+
+    @property
+    def tag(self) -> str:
+        """What an ousted version says of it."""
+        return f"{self.reason} ({self.when}, {self.who})" if self.when else self.reason
 
 
-def rollback(names: list[str], reason: str, holder: str) -> Rollback:
+def rollback(names: list[str], reason: str, who: str, holder: str) -> Rollback:
     """Go back one step, or finish an earlier run's. `holder` names this run among all that write.
 
-    Raises ValueError where there is nothing to go back to, RuntimeError where the champion changed
-    meanwhile: who asked for this did not see the new one.
+    Raises InputError if there is nothing to go back to, StepError if the champion changed
+    meanwhile: whoever asked for this did not see the new one.
     """
     client = MlflowClient()
     seen = {name: aliases_of(client, name).get(CHAMPION) for name in names}
@@ -69,18 +80,18 @@ def rollback(names: list[str], reason: str, holder: str) -> Rollback:
         if plan is None:
             for name, champion in seen.items():
                 if (now := aliases_of(client, name).get(CHAMPION)) != champion:
-                    raise RuntimeError(
+                    raise StepError(
                         f"{name}: version {now} became champion meanwhile, after {champion}. "
                         "Look at it, and roll back again if it has to go."
                     )
-            plan = plan_of(client, names, reason)
+            plan = plan_of(client, names, reason, who)
             client.set_registered_model_tag(names[0], PLAN, json.dumps(asdict(plan)))
         for step in plan.steps:
-            go_back(client, step, plan.reason)
+            go_back(client, step, plan.tag)
     client.delete_registered_model_tag(names[0], PLAN)
-    if plan.reason.split(" (")[0] != reason.split(" (")[0]:
-        raise RuntimeError(
-            f"finished an earlier rollback, because: {plan.reason}. Look at the champion, and roll "
+    if plan.reason != reason:
+        raise StepError(
+            f"finished an earlier rollback, because: {plan.tag}. Look at the champion, and roll "
             "back again if it has to go as well."
         )
     return plan
@@ -88,13 +99,10 @@ def rollback(names: list[str], reason: str, holder: str) -> Rollback:
 
 def registered_names(model: str, target: str, settings: Register) -> list[str]:
     """The registered models of a model and target, one for each interface that has one."""
-    metadata = {"model": model, "provenance": {"target": target}}
-    names = sorted(
-        {registered_name({**metadata, "interface": i.value}, settings) for i in Interface}
-    )
+    names = sorted({name_of(model, target, i.value, settings) for i in Interface})
     if found := [name for name in names if aliases_of(MlflowClient(), name)]:
         return found
-    raise ValueError(
+    raise InputError(
         f"the registry has no champion of {' or '.join(names)}. Check model, target and "
         "register.name_template."
     )
@@ -105,20 +113,19 @@ def unfinished(client: MlflowClient, names: list[str]) -> Rollback | None:
     text = client.get_registered_model(names[0]).tags.get(PLAN)
     if text is None:
         return None
-    plan = json.loads(text)
-    steps = [Step(**step) for step in plan["steps"]]
+    plan = from_json(Rollback, json.loads(text))
     steps = [
         step
-        for step in steps
+        for step in plan.steps
         if aliases_of(client, step.name).get(CHAMPION, "") in (step.ousted, step.restored)
     ]
     if not steps:
         return None
-    log.info("rollback: finishing the one that was begun: %s", plan["reason"])
-    return Rollback(plan["uri"], plan["reason"], steps)
+    log.info("rollback: finishing the one that was begun: %s", plan.tag)
+    return replace(plan, steps=steps)
 
 
-def plan_of(client: MlflowClient, names: list[str], reason: str) -> Rollback:
+def plan_of(client: MlflowClient, names: list[str], reason: str, who: str) -> Rollback:
     """What to go back to, of each registered model."""
     steps = []
     for name in names:
@@ -126,12 +133,13 @@ def plan_of(client: MlflowClient, names: list[str], reason: str) -> Rollback:
         champion = aliases.get(CHAMPION, "")
         line = predecessors(client, name, champion, aliases.get(PREVIOUS, ""))
         if line:
-            steps.append(Step(name, champion, line[0], line[1] if len(line) > 1 else ""))
+            steps.append(Move(name, champion, line[0], line[1] if len(line) > 1 else ""))
     if not steps:
-        raise ValueError(f"{' and '.join(names)} have no version to go back to.")
+        raise InputError(f"{' and '.join(names)} have no version to go back to.")
     for name in set(names) - {step.name for step in steps}:
         log.info("rollback: %s has no version to go back to, and stays as it is", name)
-    return Rollback(f"models:/{steps[0].name}@{CHAMPION}", reason, steps)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Rollback(f"models:/{steps[0].name}@{CHAMPION}", reason, steps, now, who)
 
 
 def predecessors(client: MlflowClient, name: str, champion: str, previous: str) -> list[str]:
@@ -150,10 +158,10 @@ def predecessors(client: MlflowClient, name: str, champion: str, previous: str) 
     return line
 
 
-def go_back(client: MlflowClient, step: Step, reason: str) -> None:
+def go_back(client: MlflowClient, step: Move, tag: str) -> None:
     """Move the aliases; every write may have been made before."""
     if step.ousted:  # somebody may have taken the alias from it
-        client.set_model_version_tag(step.name, step.ousted, ROLLED_BACK, reason)
+        client.set_model_version_tag(step.name, step.ousted, ROLLED_BACK, tag)
     client.set_registered_model_alias(step.name, CHAMPION, step.restored)
     if step.previous:
         client.set_registered_model_alias(step.name, PREVIOUS, step.previous)
@@ -166,11 +174,9 @@ def main(config: Config) -> None:
     with mlflow_run("rollback") as run:
         log_parameters("register", config)
         names = registered_names(config.model.name, config.target.name, config.register)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
         who = run.data.tags.get("mlflow.user", "")
-        reason = f"{config.reason or 'no reason given'} ({now}, {who})"
-        result = rollback(names, reason, run.info.run_id)
-        mlflow.set_tags({"reason": result.reason, "restored": result.uri})
+        result = rollback(names, config.reason or "no reason given", who, run.info.run_id)
+        mlflow.set_tags({"reason": result.tag, "restored": result.uri})
         mlflow.log_dict({"outcome": asdict(result)}, "result.json")
 
 

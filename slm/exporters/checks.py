@@ -1,0 +1,84 @@
+"""What an export has to do before it counts: read as its checkpoint does, load, and generate."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from slm.config import Target
+from slm.errors import StepError
+from slm_pyfunc.engine.decoder import ExecutionProviderUnavailable
+from slm_pyfunc.engine.runtime import Runtime
+from slm_pyfunc.parameters import Parameters
+
+log = logging.getLogger("slm.export")
+
+# What the runtime's tokenizer has to encode as the checkpoint's does: spaces, digits, code,
+# accents, CJK, emoji.
+PROBES = (
+    "Hello, world!  It's 12:30.",
+    "def f(x):\n\treturn x ** 2\n",
+    "Émile naïve, für 3,50 €",
+    "山脚下的小镇",
+    "👍🏽 ok 😀",
+)
+
+
+def require_it_generates(onnx: Path, checkpoint: Path, target: Target) -> tuple[str, int]:
+    """Raise unless the model loads, tokenizes as its checkpoint and generates.
+
+    Returns the provider that it did so on, and the tokenizer's differences. Where the target's own
+    provider is absent, the CPU stands in if it can; else the provider is "none".
+    """
+    provider = target.execution_provider.value
+    try:
+        runtime = Runtime(onnx, provider)
+    except ExecutionProviderUnavailable as absent:
+        log.info("%s; checking on the CPU", absent)
+        try:
+            runtime, provider = Runtime(onnx, "cpu"), "cpu"
+        except RuntimeError as error:
+            log.info(
+                "export_onnx: not checked, the CPU cannot run it: %s",
+                " ".join(str(error).split())[:300],
+            )
+            return "none", 0
+    differences = require_same_tokens(runtime, checkpoint)
+    prompt = runtime.render([{"role": "user", "content": "Hello"}])
+    [[answer]] = runtime.answer([prompt], Parameters(max_tokens=8))
+    if answer.completion_tokens == 0:
+        raise StepError(f"{onnx} loads but generates nothing: the export is broken.")
+    if not np.isfinite(runtime.log_probabilities(runtime.tokenizer.encode("Hello, world!"))).all():
+        raise StepError(f"{onnx} loads but its logits are not finite: the export is broken.")
+    return provider, differences
+
+
+def require_same_tokens(runtime: Runtime, checkpoint: Path) -> int:
+    """Raise where the runtime renders or encodes a chat otherwise than the checkpoint.
+
+    Returns how many of the other probes encode differently: rare characters that few prompts hold.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
+    messages += [{"role": "user", "content": "Who are you?"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if runtime.render(messages) != rendered:
+        raise StepError(
+            f"the chat template renders as {runtime.render(messages)!r}; "
+            f"the checkpoint's as {rendered!r}."
+        )
+    differences = 0
+    for text in (rendered, *PROBES):
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = [int(token) for token in runtime.tokenizer.tokenizer.encode(text)]
+        if found in (expected, [tokenizer.bos_token_id, *expected]):
+            continue
+        message = f"the exported tokenizer encodes {text!r} as {found[:8]}…, "
+        message += f"the checkpoint's as {expected[:8]}…"
+        if text == rendered or -1 in found:
+            raise StepError(f"{message}: onnxruntime-genai does not support this tokenizer.json.")
+        log.warning("%s", message)
+        differences += 1
+    return differences

@@ -1,0 +1,78 @@
+"""The names in the registry: registered models, aliases, and every tag that this project writes."""
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from slm.config import Register
+from slm.records import LoggedModel
+from slm.running.tracking import TEXT_LIMIT
+
+# Aliases of a registered model. The champion serves; a challenger passed its evaluation and is not
+# champion (yet); previous is the version that the champion took the alias from.
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+
+# Tags of a version: where it came from.
+CONTENT = "content"  # the digest of weights, code, environment and settings
+INTERFACE = "interface"
+TARGET = "target"
+SOURCE = "source"
+REVISION = "revision"
+LICENCE = "licence"
+VERSIONS = "versions"  # of the libraries that made it, as JSON
+SHA256 = "sha256"  # of its weights, as JSON
+# How it was judged.
+VERDICT = "verdict"
+VERDICT_REASONS = "verdict_reasons"
+EVALUATED_WITH = "evaluated_with"  # the URI of the checkpoint's logged model
+METRICS = "metrics"  # for readers; what decides is read from the logged model
+CONDITIONS = "conditions"  # under which these were measured
+# What became of it.
+ANSWERED = "answered"  # it was loaded by its URI, and answered
+SUCCEEDS = "succeeds"  # the version that it took the alias champion from, or none
+ROLLED_BACK = "rolled_back"  # why it must not become champion again
+
+# Tags of a registered model: a run that has its turn (and the run's id), a rollback under way.
+PROMOTING = "promoting_"
+PLAN = "rollback"
+
+
+def registered_name(model: LoggedModel, settings: Register) -> str:
+    """The name that a logged model's versions are registered under."""
+    return name_of(model.model, model.target, model.interface, settings)
+
+
+def name_of(model: str, target: str, interface: str, settings: Register) -> str:
+    """The registered name of a model's interface for a target; of the checkpoint without one.
+
+    Unity Catalog separates with dots, so the model's own become underscores there.
+    """
+    template = settings.name_template if target else settings.reference_name_template
+    name = template.format(model=model, target=target, interface=interface)
+    return f"{settings.catalog}.{name.replace('.', '_')}" if settings.catalog else name
+
+
+def cut(text: str) -> str:
+    """As much of a text as a tag or a description holds."""
+    return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT - 1] + "…"
+
+
+def version_uri(version: ModelVersion) -> str:
+    return f"models:/{version.name}/{version.version}"
+
+
+def aliases_of(client: MlflowClient, name: str) -> dict[str, str]:
+    """The aliases of a registered model and their versions; none if it does not exist."""
+    try:
+        aliases = client.get_registered_model(name).aliases
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return {}
+        raise
+    return {alias: str(version) for alias, version in aliases.items()}
+
+
+def version_with_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The version that has the alias; None if none has, or if there is no such model."""
+    version = aliases_of(client, name).get(alias)
+    return client.get_model_version(name, version) if version else None

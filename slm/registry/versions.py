@@ -1,0 +1,186 @@
+"""Versions of registered models: what they say of themselves, made once, and proven."""
+
+import json
+import logging
+import math
+import tempfile
+from dataclasses import dataclass
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+from slm.config import Register
+from slm.digests import digest_of
+from slm.errors import InputError, StepError
+from slm.evaluation.metrics import base_name, is_of_harness
+from slm.proof import prove
+from slm.records import Evaluation, LoggedModel
+from slm.registry import names
+from slm.registry.names import aliases_of, cut, registered_name, version_uri
+from slm.running.tracking import TEXT_LIMIT, logged_model_exists
+
+log = logging.getLogger("slm.registry")
+
+# The tags that a version of the same content takes from a later evaluation with the same verdict.
+REFRESHED = (names.METRICS, names.CONDITIONS, names.VERDICT_REASONS, names.EVALUATED_WITH)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A logged model to register: its registered name, and what the version is to say."""
+
+    model: LoggedModel
+    name: str
+    tags: dict[str, str]
+    description: str
+
+
+def entry_of(model: LoggedModel, evaluation: Evaluation, settings: Register) -> Entry:
+    """What to register of a logged model."""
+    if model.is_onnx:
+        judged, description = onnx_tags(model, evaluation), evaluation.model_card
+    else:
+        judged = {names.METRICS: metrics_tag(evaluation.reference_metrics)}
+        description = (
+            f"The checkpoint of {model.model} as it is, served by MLflow's transformers flavor: "
+            "the reference that its ONNX models are held against."
+        )
+    tags = provenance_tags(model) | judged | {names.CONDITIONS: evaluation.conditions}
+    tags = {key: cut(value) for key, value in tags.items() if value}
+    return Entry(model, registered_name(model, settings), tags, cut(description))
+
+
+def provenance_tags(model: LoggedModel) -> dict[str, str]:
+    """Where a model came from, and what made it."""
+    provenance, origin = model.provenance, model.provenance.origin
+    weights = {n: d for n, d in provenance.files.items() if n.endswith((".data", ".safetensors"))}
+    return {
+        names.CONTENT: model.content,
+        names.INTERFACE: model.interface,
+        names.TARGET: model.target,
+        names.SOURCE: origin.source,
+        names.REVISION: origin.revision,
+        names.LICENCE: origin.licence,
+        names.VERSIONS: json.dumps(provenance.versions),
+        names.SHA256: json.dumps(weights),
+    }
+
+
+def onnx_tags(model: LoggedModel, evaluation: Evaluation) -> dict[str, str]:
+    """How an ONNX model was judged. The checkpoint has no verdict: it serves many as reference."""
+    return {
+        names.VERDICT: evaluation.verdict,
+        names.VERDICT_REASONS: "; ".join(evaluation.reasons),
+        names.EVALUATED_WITH: evaluation.reference,
+        names.METRICS: metrics_tag(evaluation.candidate_metrics),
+    }
+
+
+def metrics_tag(metrics: dict[str, float]) -> str:
+    """Metrics as JSON, for readers; details are left out if they are too many for a tag."""
+    details_last = sorted(metrics, key=lambda name: base_name(name) != name or is_of_harness(name))
+    finite = {k: float(f"{metrics[k]:.6g}") for k in details_last if math.isfinite(metrics[k])}
+    while len(text := json.dumps(finite)) > TEXT_LIMIT:
+        finite.popitem()
+    return text
+
+
+def make_registered_models(client: MlflowClient, entries: list[Entry]) -> list[str]:
+    """Create the registered models that are missing; return their names, one for each entry."""
+    registered = [entry.name for entry in entries]
+    if len(set(registered)) < len(registered):
+        raise InputError(
+            f"register.name_template and reference_name_template give {', '.join(registered)}: the "
+            "models need names of their own. Put {interface} into the template."
+        )
+    for name in registered:
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
+                raise
+    return registered
+
+
+def version_of(client: MlflowClient, entry: Entry) -> ModelVersion:
+    """The version of this content, and of this verdict if it is the ONNX model's; made if need be.
+
+    Unity Catalog finds versions by name only, and without their tags.
+    """
+    same = [names.CONTENT, names.VERDICT] if entry.model.is_onnx else [names.CONTENT]
+    found = mlflow.search_model_versions(filter_string=f"name = '{entry.name}'")
+    for number in sorted(int(version.version) for version in found if version.status == "READY"):
+        version = client.get_model_version(entry.name, str(number))
+        logged_model = str(version.source).removeprefix("models:/")
+        if all(version.tags.get(tag) == entry.tags[tag] for tag in same) and logged_model_exists(
+            logged_model
+        ):
+            log.info("register: %s version %d holds this content already", entry.name, number)
+            refresh(client, version, entry)
+            break
+    else:
+        version = client.create_model_version(
+            entry.name,
+            entry.model.uri,
+            tags=entry.tags,
+            description=entry.description,
+            model_id=entry.model.model_id,
+        )
+        log.info("register: made %s version %s", entry.name, version.version)
+    if version.source == entry.model.uri:
+        link(client, version)
+    return version
+
+
+def refresh(client: MlflowClient, version: ModelVersion, entry: Entry) -> None:
+    """Bring what the last evaluation says onto a version; write only what differs."""
+    for tag in REFRESHED:
+        if (value := entry.tags.get(tag, "")) != version.tags.get(tag, ""):
+            client.set_model_version_tag(version.name, version.version, tag, value)
+    if (version.description or "") != entry.description:
+        client.update_model_version(version.name, version.version, entry.description)
+
+
+def link(client: MlflowClient, version: ModelVersion) -> None:
+    """Let the logged model's page show the version, as mlflow.register_model does."""
+    model = mlflow.get_logged_model(str(version.source).removeprefix("models:/"))
+    linked = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    this = {"name": version.name, "version": str(version.version)}
+    if this not in [{**one, "version": str(one["version"])} for one in linked]:
+        linked.append(this)
+        client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(linked)})
+
+
+def prove_versions(
+    client: MlflowClient, versions: list[ModelVersion], evaluation: Evaluation
+) -> None:
+    """Load versions by their URIs in one fresh process, and ask them; tag those that answer.
+
+    Those that answered after the same measurement are not asked again, nor is the champion. Raises
+    StepError if one does not answer.
+    """
+    measurement = digest_of([evaluation.candidate_metrics, evaluation.conditions])[:16]
+    unproven = [
+        version
+        for version in versions
+        if version.tags.get(names.ANSWERED) != measurement
+        and aliases_of(client, version.name).get(names.CHAMPION) != str(version.version)
+    ]
+    if not unproven:
+        return
+    uris = [version_uri(version) for version in unproven]
+    log.info("register: loading %s in a fresh process", ", ".join(uris))
+    with tempfile.TemporaryDirectory() as scratch:
+        stores = {
+            "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+            "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
+            "TMPDIR": scratch,  # where MLflow downloads to, and leaves it
+        }
+        complaint = prove(uris, environment=stores)
+    if complaint:
+        raise StepError(f"registered but not promoted: {complaint}")
+    for version in unproven:
+        client.set_model_version_tag(version.name, version.version, names.ANSWERED, measurement)

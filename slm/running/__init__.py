@@ -1,0 +1,1 @@
+"""How steps run: the command line, work folders, MLflow's runs."""

@@ -1,0 +1,186 @@
+"""The command line of every step: Hydra's own, and MLproject's on top of it.
+
+    python -m steps.fetch model=smollm2-135m-instruct paths.work=/data/work
+    python -m steps.fetch --cfg job
+
+MLproject passes its parameters as `--model`, `--target`, `--source`, … and any Hydra overrides in
+one string, `--overrides "key=value key='a b'"`, or as a JSON list. An empty value means "as
+configured".
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from hydra import main as hydra_main
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from slm.config import CONF, ROOT, Config
+from slm.errors import InputError, UserError, one_line, words_for
+from slm.running.hydra_errors import explain
+from slm.running.logs import set_up_logging
+from slm.running.tracking import end_run_with_error, environment, settle_tracking
+
+log = logging.getLogger("slm.command")
+
+# Hydra prints errors itself, and exits, unless this is set.
+FULL_ERRORS = "HYDRA_FULL_ERROR"
+HYDRA_FLAGS = (
+    "help hydra-help version cfg resolve package run multirun shell-completion config-path"
+)
+HYDRA_FLAGS += " config-name config-dir experimental-rerun info"
+
+
+def entry_point(step: Callable[[Config], object]) -> None:
+    """Run `step` as a command: compose conf/, call it, and end the MLflow run.
+
+    A failure is one line on stderr and the tag `error` on the run. A traceback comes before the
+    line if nobody expected the error, or if HYDRA_FULL_ERROR=1. Exits with 1 if the step failed, 2
+    if the command line or conf/ is wrong, 130 on Ctrl-C.
+    """
+    name = Path(sys.argv[0]).stem
+    set_up_logging()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asked = os.environ.get(FULL_ERRORS, "0")
+    exit_code = 0
+
+    @hydra_main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def composed(config: DictConfig) -> None:
+        nonlocal exit_code
+        try:
+            with environment({FULL_ERRORS: asked}):  # what the step starts has errors of its own
+                values = typed(config)
+                forget_digests_of_another_source(values, HydraConfig.get().overrides.task)
+                step(values)
+        except OmegaConfBaseException:
+            raise
+        except Exception as error:  # here, so that the other jobs of a --multirun go on
+            report(name, error, asked == "1")
+            exit_code = 1
+
+    try:
+        sys.argv[1:] = hydra_arguments(name, sys.argv[1:])
+        with environment({FULL_ERRORS: "1"}):
+            composed()
+    except KeyboardInterrupt:
+        end_run_with_error(name, "interrupted", status="KILLED")
+        exit_code = 130
+    except (HydraException, OmegaConfBaseException) as error:
+        if asked == "1":
+            log.exception("composing conf/ failed")
+        end_run_with_error(name, explain(error))
+        exit_code = 2
+    sys.exit(exit_code)
+
+
+def typed(config: DictConfig) -> Config:
+    """The composed configuration as dataclasses, with the stores that it will use settled."""
+    try:
+        values = OmegaConf.to_object(config)
+    except ValueError as error:  # a dataclass of conf/ refuses its values
+        if isinstance(error, (UserError, OmegaConfBaseException)):
+            raise
+        raise InputError(str(error)) from error
+    assert isinstance(values, Config)
+    settle_tracking()
+    return values
+
+
+def forget_digests_of_another_source(config: Config, overrides: list[str]) -> None:
+    """Drop `model.sha256` if `model.source` alone was overridden: they are of the other source."""
+    keys = {override.split("=")[0].lstrip("+") for override in overrides}
+    if config.model.sha256 and "model.source" in keys and "model.sha256" not in keys:
+        log.info(
+            "model.source is overridden: the digests of %s in conf/model do not apply",
+            ", ".join(config.model.sha256),
+        )
+        config.model.sha256 = {}
+
+
+def report(name: str, error: Exception, show_traceback: bool) -> None:
+    """End the run with the error: in one line if it is the user's, else with its traceback."""
+    words = words_for(error)
+    if words is None or show_traceback:
+        log.exception("%s failed", name)
+    if words is None:
+        text = f"{type(error).__name__}: {one_line(error)}"
+        end_run_with_error(name, text, traceback=traceback.format_exc())
+    else:
+        end_run_with_error(name, words)
+
+
+def parameters_of(name: str) -> list[str]:
+    """The parameters of an entry point in MLproject, without `overrides`."""
+    entry_points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
+    declared = entry_points.get(name, {}).get("parameters", {})
+    return [parameter for parameter in declared if parameter != "overrides"]
+
+
+def hydra_arguments(name: str, argv: list[str]) -> list[str]:
+    """Translate MLproject's `--parameter value` pairs into Hydra overrides."""
+    arguments, rest, parameters = [], list(argv), parameters_of(name)
+    while rest:
+        argument = rest.pop(0)
+        parameter = argument.removeprefix("--")
+        if argument == "--overrides":
+            arguments += split_overrides(rest.pop(0) if rest else "")
+        elif argument.startswith("--") and parameter in parameters:
+            value = rest.pop(0) if rest else ""
+            arguments += [f"{parameter}={quoted(value)}"] if value else []
+        elif argument.startswith("--") and parameter.split("=")[0] not in HYDRA_FLAGS.split():
+            valid = ", ".join([*parameters, "overrides"])
+            raise HydraException(f"{name} has no parameter {parameter!r}; valid: {valid}")
+        else:
+            arguments.append(argument)
+    return arguments
+
+
+def split_overrides(text: str) -> list[str]:
+    """The overrides in one string: a JSON list, or words with spaces between.
+
+    Spaces inside quotes and brackets separate nothing; the quotes stay, for Hydra's own grammar.
+
+    >>> split_overrides("a=1 b='x y' c=[1, 2]")
+    ['a=1', "b='x y'", 'c=[1, 2]']
+    """
+    if text.startswith("["):  # no override begins so
+        return json.loads(text)
+    words: list[str] = [""]
+    quote, depth, escaped = "", 0, False
+    for character in text:
+        if escaped:
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "[{(":
+            depth += 1
+        elif character in ")}]":
+            depth = max(depth - 1, 0)
+        if character.isspace() and not quote and not depth:
+            words.append("")
+        else:
+            words[-1] += character
+    if quote:
+        raise HydraException(f"a quote in the overrides is not closed: {words[-1]}")
+    return [
+        w[1:-1] if w[0] in "'\"" and w[0] == w[-1] and len(w) > 1 else w
+        for w in filter(None, words)
+    ]
+
+
+def quoted(value: str) -> str:
+    """Quote a value for Hydra's override grammar."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,0 +1,161 @@
+"""MLflow's runs and stores: where they are, what they hold, and how a run ends."""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from omegaconf import OmegaConf
+
+from slm.config import ROOT, Config
+from slm.errors import InputError, UnreachableError, one_line
+
+log = logging.getLogger("slm.tracking")
+
+TEXT_LIMIT = 5000  # characters of a tag or a description, in MLflow's stores
+
+
+def settle_tracking() -> None:
+    """Make the stores' URIs absolute, and ask a remote tracking server for something once.
+
+    A relative URI, MLflow's default among them, would move with the working directory. Raises
+    UnreachableError if the server does not answer; MLflow's client alone would try for minutes.
+    """
+    registry = os.environ.get("MLFLOW_REGISTRY_URI")
+    mlflow.set_tracking_uri(absolute_uri(mlflow.get_tracking_uri()))
+    if registry:
+        mlflow.set_registry_uri(absolute_uri(registry))
+    if not mlflow.get_tracking_uri().startswith(("http://", "https://")):
+        return
+    impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    with environment(impatient):
+        try:
+            mlflow.search_experiments(max_results=1)
+        except MlflowException as error:
+            log.debug("%s", error)
+            raise UnreachableError(
+                f"the tracking server {shown_tracking_uri()} cannot be reached, or refuses: "
+                f"{one_line(error)[:300]} Start it, or set MLFLOW_TRACKING_URI."
+            ) from error
+
+
+def absolute_uri(uri: str) -> str:
+    """A store's URI that means the same from every working directory.
+
+    Relative are `sqlite:///mlflow.db`, `file:mlruns`, and a bare path.
+    """
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
+    if re.match(r"file:(?!/)", uri):
+        return Path(uri.removeprefix("file:")).resolve().as_uri()
+    if uri and not re.match(r"[\w+.-]+:|databricks$|databricks-uc$|uc$", uri):
+        return Path(uri).expanduser().resolve().as_uri()
+    return uri
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def shown_tracking_uri() -> str:
+    """The tracking URI without the user and password that it may hold."""
+    return re.sub("//[^@/]*@", "//", mlflow.get_tracking_uri())
+
+
+@contextlib.contextmanager
+def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
+    """The MLflow run that `mlflow run` opened for this process, else a new one."""
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    try:
+        run = mlflow.start_run(run_name=None if run_id else name)
+    except MlflowException as error:
+        if run_id and "not found" in str(error):
+            raise InputError(
+                f"run {run_id} is not in {shown_tracking_uri()}: `mlflow run` was started in "
+                "another folder. Set MLFLOW_TRACKING_URI to an absolute URI."
+            ) from error
+        raise
+    yield run
+    mlflow.end_run()  # after an error, entry_point ends the run with the error on it
+
+
+def end_run_with_error(
+    name: str, message: str, status: str = "FAILED", traceback: str | None = None
+) -> None:
+    """Print one line, and end the MLflow run with that line as its tag `error`.
+
+    The `traceback` of an unexpected error becomes the run's artifact traceback.txt.
+    """
+    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(MlflowException, OSError):
+        if mlflow.active_run() is None and "MLFLOW_RUN_ID" in os.environ:
+            mlflow.start_run()
+        if mlflow.active_run() is not None:
+            mlflow.set_tag("error", message[:TEXT_LIMIT])
+            if traceback:
+                mlflow.log_text(traceback, "traceback.txt")
+            mlflow.end_run(status)
+
+
+def log_parameters(name: str, config: Config) -> None:
+    """Log the configuration that the step reads, under dotted names."""
+    values: dict[str, Any] = {}
+
+    def flatten(prefix: str, node: Any) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                flatten(f"{prefix}.{key}" if prefix else str(key), value)
+        elif node is not None:
+            values[prefix] = node
+
+    flatten("", OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+    inputs = {k: values.pop(k) for k in ("source", "candidate", "reference") if k in values}
+    groups = {"model", "target", "paths", name}
+    mlflow.log_params(
+        {re.sub(r"[^\w./ :-]", "_", k): v for k, v in values.items() if k.split(".")[0] in groups}
+    )
+    mlflow.log_params({f"input.{k}": v for k, v in inputs.items()})
+
+
+def local_path(uri: str | None, parameter: str, made_by: str) -> Path:
+    """Resolve what the step before handed on: a path, or a URI that MLflow can download."""
+    if not uri:
+        raise InputError(
+            f"{parameter} is missing: pass the URI that {made_by} ended with, as {parameter}=<uri>."
+        )
+    path = ROOT / Path(uri.removeprefix("file://")).expanduser()
+    if path.exists():
+        return path
+    if "://" in uri or uri.startswith(("models:/", "runs:/", "dbfs:/")):
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    raise InputError(
+        f"{parameter}={uri}: no such file or folder. Run {made_by}, and pass the URI it ends with."
+    )
+
+
+def logged_model_exists(model_id: str) -> bool:
+    """Whether the tracking server still has the logged model, files and all."""
+    try:
+        mlflow.get_logged_model(model_id)
+        return bool(mlflow.artifacts.list_artifacts(artifact_uri=f"models:/{model_id}"))
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise

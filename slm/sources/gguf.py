@@ -1,0 +1,100 @@
+"""Read a GGUF file, and write it as a float32 checkpoint."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from slm.config import Model
+from slm.errors import InputError, one_line
+from slm.sources.verify import NO_TEMPLATE, require_digest, require_known
+
+log = logging.getLogger("slm.sources")
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+def template_beside(folder: Path, names: list[str]) -> list[str]:
+    """The names of the chat template that stands beside a GGUF file: one, or none."""
+    is_gguf = any(name.endswith(".gguf") for name in names)
+    return [TEMPLATE_FILE] if is_gguf and (folder / TEMPLATE_FILE).is_file() else []
+
+
+def dequantize(gguf: Path, model: Model, checkpoint: Path) -> str | None:
+    """Verify a GGUF file, write it as a float32 checkpoint, and return its licence.
+
+    A chat_template.jinja beside the file takes the place of the template inside it.
+    """
+    require_known([gguf.name], model)
+    require_digest(gguf, model.sha256.get(gguf.name))
+    fields = read_fields(gguf)
+    beside = gguf.parent / TEMPLATE_FILE
+    template = beside.read_text() if beside.is_file() else field(fields, "tokenizer.chat_template")
+    if not template:
+        raise InputError(f"{model.source}: {NO_TEMPLATE}.")
+    log.info("fetch: dequantizing %s to float32", gguf.name)
+    try:
+        tokenizer, causal_lm = load(gguf)
+    except Exception as error:  # of transformers and gguf alike: an unknown architecture, say
+        raise InputError(
+            f"transformers cannot read {gguf.name}: {one_line(error)[:300]}"
+        ) from error
+    tokenizer.chat_template = template
+    mend_tokenizer(tokenizer, fields)
+    tokenizer.save_pretrained(checkpoint)
+    causal_lm.save_pretrained(checkpoint)
+    for path in checkpoint.iterdir():
+        path.chmod(0o644)  # safetensors writes for its owner alone
+    return field(fields, "general.license")
+
+
+def read_fields(gguf: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file; InputError if the file is none, or damaged."""
+    with gguf.open("rb") as file:
+        if (magic := file.read(4)) != b"GGUF":
+            raise InputError(
+                f"{gguf.name} is not a GGUF file: it begins with {magic!r}, not b'GGUF'."
+            )
+    from gguf import GGUFReader
+
+    try:
+        return dict(GGUFReader(gguf).fields)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise InputError(
+            f"{gguf.name} is truncated or damaged: {error}. Fetch it again."
+        ) from error
+
+
+def field(fields: dict[str, Any], name: str) -> Any:
+    """The value of a metadata field, None if the file has none of that name."""
+    return fields[name].contents() if name in fields else None
+
+
+def load(gguf: Path) -> tuple[Any, Any]:
+    """The tokenizer and the dequantized model, as transformers reads them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder = str(gguf.parent)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    quantization = GgufConfig(gguf_file=gguf.name, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf.name, quantization_config=quantization
+    )
+    return tokenizer, model
+
+
+def mend_tokenizer(tokenizer: Any, fields: dict[str, Any]) -> None:
+    """Set right what transformers 5.24 reads wrongly out of a GGUF tokenizer.
+
+    It reads no special tokens from the metadata and takes bos for eos. It also writes a decoder for
+    byte fallback, from which onnxruntime-genai 0.18 concludes that a byte-level tokenizer is
+    SentencePiece, and then encodes every space as unknown.
+    """
+    from tokenizers.decoders import ByteLevel
+
+    for name, attribute in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        token_id = field(fields, f"tokenizer.ggml.{name}_token_id")
+        if token_id is not None:
+            token = tokenizer.convert_ids_to_tokens(int(token_id))
+            setattr(tokenizer, f"{attribute}_token", token)
+    if field(fields, "tokenizer.ggml.model") == "gpt2":
+        tokenizer.backend_tokenizer.decoder = ByteLevel()

@@ -1,0 +1,183 @@
+"""What makes a folder a checkpoint: known files, a known architecture, whole and expected weights.
+
+Nothing that came with a checkpoint is executed: pickled weights are refused, and Python files and
+references to them (`auto_map`) are left behind.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from slm.config import Model
+from slm.digests import digest_file
+from slm.errors import InputError, one_line
+
+log = logging.getLogger("slm.sources")
+
+# What a checkpoint folder may hold; everything else stays at the source.
+WANTED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+NO_TEMPLATE = (
+    "its tokenizer has no chat template. Put one beside the weights, as chat_template.jinja"
+)
+
+
+def wanted_names(names: list[str]) -> list[str]:
+    """The files of a source that belong into a checkpoint; no code, no pickles, no subfolders."""
+    return sorted(n for n in names if "/" not in n and any(map(PurePosixPath(n).match, WANTED)))
+
+
+def require_safetensors(names: list[str], where: str) -> None:
+    """Refuse weights that are pickles: unpickling runs code that the checkpoint brings."""
+    if any(map(is_weights, names)):
+        return
+    pickles = sorted(name for name in names if PurePosixPath(name).suffix in PICKLES)
+    found = (
+        f"only {', '.join(pickles)}, refused: loading a pickle runs code that it brings"
+        if pickles
+        else "none"
+    )
+    raise InputError(f"{where}: weights must be safetensors or GGUF; found {found}.")
+
+
+def require_known(names: list[str], model: Model) -> None:
+    """Raise if a digest is expected of a file that is not there: it would guard nothing."""
+    if unknown := sorted(set(model.sha256) - set(names)):
+        raise InputError(
+            f"model.sha256 names {', '.join(unknown)}, which {model.source} does not bring; "
+            f"it brings {', '.join(sorted(names))}."
+        )
+
+
+def require_digest(path: Path, expected: str | None) -> None:
+    """Raise if a file has another SHA-256 than expected."""
+    if expected and (found := digest_file(path)) != expected:
+        raise InputError(f"{path.name}: SHA-256 is {found}; expected {expected}. Do not use it.")
+
+
+def place(source: Path, destination: Path) -> None:
+    """Hard-link a file, at no cost in disk, or copy it where the file systems differ."""
+    real = source.resolve()
+    try:
+        os.link(real, destination)
+    except OSError:
+        shutil.copyfile(real, destination)
+
+
+def place_description(folder: Path, names: list[str], model: Model, checkpoint: Path) -> None:
+    """Place all files but the weights, and raise unless they are what `model` expects."""
+    place_files(folder, [name for name in names if not is_weights(name)], model, checkpoint)
+    leave_code_behind(checkpoint)
+    require_described(checkpoint, model)
+
+
+def place_weights(folder: Path, names: list[str], model: Model, checkpoint: Path) -> None:
+    """Place the weights."""
+    place_files(folder, [name for name in names if is_weights(name)], model, checkpoint)
+
+
+def place_files(folder: Path, names: list[str], model: Model, checkpoint: Path) -> None:
+    for name in names:
+        require_digest(folder / name, model.sha256.get(name))
+        place(folder / name, checkpoint / name)
+
+
+def is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def leave_code_behind(checkpoint: Path) -> None:
+    """Drop references to Python files, which MLflow's transformers flavor may trust."""
+    for path in checkpoint.glob("*config.json"):
+        config = read_json(path)
+        if config.pop("auto_map", None):
+            log.info("%s: its reference to Python code (auto_map) is left behind", path.name)
+            path.unlink()  # it may be a link into a cache
+            path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def require_described(checkpoint: Path, model: Model) -> None:
+    """Raise unless configuration and tokenizer are there, known, and what `model` expects."""
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not (checkpoint / "config.json").is_file():
+        raise InputError(f"{model.source} has no config.json: it is not a checkpoint.")
+    config = read_json(checkpoint / "config.json")
+    architecture = architecture_of(config)
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise InputError(
+            f"{model.source}: the architecture {architecture} is not among "
+            "the causal language models of transformers."
+        )
+    for key, found in (
+        ("architecture", architecture),
+        ("context_length", config.get("max_position_embeddings")),
+    ):
+        if (expected := getattr(model, key)) not in (None, found):
+            raise InputError(f"{model.source}: {key} is {found}; model.{key} expects {expected}.")
+    try:
+        AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:  # of transformers, tokenizers and json alike
+        raise InputError(
+            f"{model.source}: transformers cannot read its configuration or tokenizer: "
+            f"{one_line(error)[:300]}."
+        ) from error
+    if not tokenizer.chat_template:
+        raise InputError(f"{model.source}: {NO_TEMPLATE}.")
+
+
+def require_weights(checkpoint: Path, model: Model) -> None:
+    """Raise unless every file of weights is there and can be opened."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    index = checkpoint / "model.safetensors.index.json"
+    shards = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
+    if missing := sorted(shards - {path.name for path in weights}):
+        raise InputError(f"{model.source} lacks {', '.join(missing)}, which {index.name} names.")
+    for path in weights:
+        try:
+            with safe_open(path, "np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{path.name} is truncated or damaged: {error}. Fetch it again."
+            ) from error
+
+
+def architecture_of(config: dict[str, Any]) -> str:
+    """The architecture that a config.json names first."""
+    return (config.get("architectures") or ["none"])[0]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object out of a file of the checkpoint."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path.name} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path.name} is not a JSON object.")
+    return value

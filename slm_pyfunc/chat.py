@@ -1,0 +1,161 @@
+"""The chat interface, as models-from-code: OpenAI's Chat Completions in and out.
+
+https://platform.openai.com/docs/api-reference/chat
+"""
+
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from .engine.runtime import Runtime
+from .engine.scheduler import Completion
+from .interface import mlflow_errors, open_runtime
+from .parameters import Parameters, RequestError, is_absent, require_text
+
+ROLES = ("system", "user", "assistant")
+# Fields that this runtime does not serve; left alone they are null, false, 0 or empty.
+UNSERVED = ("stream", "tools", "tool_choice", "logit_bias", "frequency_penalty", "presence_penalty")
+
+
+class ChatModel(PythonModel):
+    """Answers conversations, through the checkpoint's own chat template."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        self.runtime = open_runtime(context)
+        self.model = context.model_config["model"]
+
+    def predict(
+        self,
+        context: PythonModelContext,
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """A chat completion for one conversation; a list of them for several, in order."""
+        with mlflow_errors():
+            requests = [
+                read_request(row, self.runtime)
+                for row in model_input.astype(object).to_dict("records")
+            ]
+            answers = self.runtime.answer(*map(list, zip(*requests, strict=True)))
+        completions = [self.completion(answer) for answer in answers]
+        return completions[0] if len(completions) == 1 else completions
+
+    def predict_stream(
+        self,
+        context: PythonModelContext,
+        model_input: dict[str, Any],
+        params: dict[str, Any] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """The answer to one conversation, as chunks; the last of each choice says why it ended.
+
+        The very last has the usage.
+        """
+        with mlflow_errors():
+            prompt, parameters = read_request({**model_input, "stream": False}, self.runtime)
+            head = header("chat.completion.chunk", self.model)
+            ended: list[Completion] = []
+            begun: set[int] = set()
+            for choice, event in self.runtime.stream(prompt, parameters):
+                text = event if isinstance(event, str) else ""
+                delta = {"content": text} if text else {}
+                if choice not in begun:
+                    delta = {"role": "assistant", "content": text}
+                    begun.add(choice)
+                chunk = {**head, "choices": [{"index": choice, "delta": delta}]}
+                chunk["choices"][0]["finish_reason"] = None
+                if isinstance(event, Completion):
+                    ended.append(event)
+                    chunk["choices"][0]["finish_reason"] = event.finish_reason
+                    if parameters.logprobs:
+                        chunk["choices"][0]["logprobs"] = self.log_probabilities(event)
+                if len(ended) == parameters.n:
+                    chunk["usage"] = usage(ended)
+                yield chunk
+
+    def completion(self, completions: list[Completion]) -> dict[str, Any]:
+        """The chat completion of one conversation."""
+        choices = []
+        for index, completion in enumerate(completions):
+            message = {"role": "assistant", "content": completion.text}
+            choice = {"index": index, "message": message, "finish_reason": completion.finish_reason}
+            if completion.logprobs:
+                choice["logprobs"] = self.log_probabilities(completion)
+            choices.append(choice)
+        head = header("chat.completion", self.model)
+        return {**head, "choices": choices, "usage": usage(completions)}
+
+    def log_probabilities(self, completion: Completion) -> dict[str, Any]:
+        """`logprobs` of a choice; `bytes` is null for a token that is a part of a character."""
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self.runtime.tokenizer.decode([token])
+            whole = None if "\ufffd" in text else list(text.encode())
+            return {"token": text, "logprob": logprob, "bytes": whole}
+
+        content = [
+            {**entry(token, logprob), "top_logprobs": [entry(*pair) for pair in top]}
+            for token, logprob, top in completion.logprobs
+        ]
+        return {"content": content}
+
+
+def read_request(request: dict[str, Any], runtime: Runtime) -> tuple[str, Parameters]:
+    """The prompt and parameters of one request; RequestError where a field is wrong."""
+    messages = request.get("messages")
+    messages = list(messages) if isinstance(messages, np.ndarray) else messages
+    request = {name: value for name, value in request.items() if not is_absent(value)}
+    for name in UNSERVED:
+        if value := request.get(name):
+            hint = "; use predict_stream" if name == "stream" else ""
+            raise RequestError(f"{name} is {value!r}; this model does not serve it{hint}")
+    if "max_completion_tokens" in request:  # OpenAI's newer name
+        request["max_tokens"] = request["max_completion_tokens"]
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(f"messages is {messages!r}; it must be a list of at least one message")
+    prompt = runtime.render([read_message(i, m) for i, m in enumerate(messages)])
+    return prompt, Parameters.of(request, runtime.defaults)
+
+
+def read_message(index: int, message: Any) -> dict[str, str]:
+    """Role and content of a message, its text parts joined."""
+    where = f"messages[{index}]"
+    if not isinstance(message, dict):
+        raise RequestError(f"{where} is {message!r}; it must be an object with role and content")
+    if message.get("role") not in ROLES:
+        raise RequestError(f"{where}.role is {message.get('role')!r}; it must be one of {ROLES}")
+    content = message.get("content")
+    if isinstance(content, (list, np.ndarray)):
+        parts = list(content)
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+            raise RequestError(
+                f"{where}.content has parts that are not text; this model reads text"
+            )
+        content = "".join(str(part.get("text", "")) for part in parts)
+    return {"role": message["role"], "content": require_text(f"{where}.content", content)}
+
+
+def header(kind: str, model: str) -> dict[str, Any]:
+    created = int(time.time())
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": created,
+        "model": model,
+    }
+
+
+def usage(completions: list[Completion]) -> dict[str, Any]:
+    """Token counts of one request; the prompt counts once, whatever `n` is."""
+    prompt, cached = completions[0].prompt_tokens, completions[0].cached_tokens
+    generated = sum(completion.completion_tokens for completion in completions)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

@@ -1,0 +1,203 @@
+"""Many sequences in one ONNX Runtime call, on the CPU."""
+
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .decoder import CAPACITY_STEP, PROMPT_PIECE, Row, capacity_for, common
+from .prefixes import Prefixes
+
+
+@dataclass
+class Bound:
+    """What ONNX Runtime reads and writes for some rows: ids and mask in, logits out."""
+
+    binding: Any
+    ids: np.ndarray
+    mask: np.ndarray
+    logits: np.ndarray
+
+
+class BatchDecoder:
+    """Sequences in the rows of one batch.
+
+    onnxruntime-genai's own Engine batches on a CPU too, but in groups of four that begin and end
+    together (0.18; paged attention, which it needs for more, is there for CUDA and WebGPU).
+
+    Keys and values are float arrays [rows, heads, capacity, head size] per layer, which
+    GroupQueryAttention updates in place: sequences of any length share a call, because it takes the
+    length of each from the attention mask. Rows in use are the first ones, without gaps. A row's
+    logits are the same to the bit whatever else is in the batch, and whether its prompt was cached
+    or not; only the keys and values of a past answer, computed token by token, are rounded
+    otherwise than a prompt's (`cache_mb` 0 does without them).
+    """
+
+    def __init__(
+        self, folder: Path, genai_config: dict[str, Any], threads: int, rows: int, cache_mb: float
+    ) -> None:
+        import onnxruntime as ort
+
+        decoder = genai_config["model"]["decoder"]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # Longer than from one token to the next, short enough to leave the cores to others.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
+        path = str(folder / decoder["filename"])
+        try:
+            self.session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's have no class in common
+            reason = " ".join(str(error).split())
+            raise RuntimeError(f"ONNX Runtime cannot load {path}: {reason}") from error
+        inputs, outputs = decoder["inputs"], decoder["outputs"]
+        self.names = {key: inputs.get(key, key) for key in ("input_ids", "attention_mask")}
+        known = {tensor.name: tensor for tensor in self.session.get_inputs()}
+        positions = inputs.get("position_ids", "position_ids")
+        self.positions = positions if positions in known else None
+        self.caches = [
+            (inputs[f"past_{kind}_names"] % i, outputs[f"present_{kind}_names"] % i)
+            for i in range(decoder["num_hidden_layers"])
+            for kind in ("key", "value")
+        ]
+        self.logits_name = outputs.get("logits", "logits")
+        self.vocabulary_size = genai_config["model"]["vocab_size"]
+        self.heads, self.head_size = decoder["num_key_value_heads"], decoder["head_size"]
+        self.cache_type = numpy_type(known[self.caches[0][0]].type)
+        self.logits_type = numpy_type(self.session.get_outputs()[0].type)
+        self.max_rows = rows
+        # One place for all logits, which are read before the next run.
+        most = max(PROMPT_PIECE, rows) * self.vocabulary_size
+        self.logits = lazy_zeros((most,), self.logits_type)
+        self.rows: list[Row] = []
+        self.capacity = 0
+        self.arrays: list[np.ndarray] = []
+        self.bound: dict[tuple[int, int], Bound] = {}  # by the first row and their number
+        self.prefixes = Prefixes(int(cache_mb * 1e6))
+
+    def open(self, prompt: list[int], length: int) -> Row:
+        self.reserve(length)
+        row = Row(prompt_length=len(prompt), state=len(self.rows))
+        known = prompt[:-1]  # the last token's logits are needed, so it is always computed
+        shared, source = max(
+            ((common(known, other.tokens[: other.prompt_length]), other) for other in self.rows),
+            key=lambda pair: pair[0],
+            default=(0, row),
+        )
+        kept, prefix = self.prefixes.longest(known)
+        if kept > shared and prefix is not None:
+            for array, saved in zip(self.arrays, prefix.arrays, strict=True):
+                array[row.state, :, :kept] = saved[:, :kept]
+        elif shared:
+            self.copy(source.state, row.state, shared)
+        row.tokens = prompt[: max(kept, shared)]
+        self.rows.append(row)
+        return row
+
+    def extend(self, row: Row, tokens: list[int]) -> np.ndarray:
+        if len(tokens) == 1 and row.tokens:  # another kernel, which rounds otherwise
+            tokens = [row.tokens.pop(), *tokens]
+        row.tokens += tokens
+        return self.run([row], np.array([tokens]))[0, -1]
+
+    def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray]:
+        for row, token in zip(rows, tokens, strict=True):
+            row.tokens.append(token)
+        neighbours = sorted(rows, key=lambda row: row.state)
+        logits = self.run(neighbours, np.array([[row.tokens[-1]] for row in neighbours]))
+        return [logits[row.state - neighbours[0].state, -1] for row in rows]
+
+    def close(self, row: Row) -> None:
+        gap, last = row.state, len(self.rows) - 1
+        self.prefixes.keep(row.tokens, [array[gap] for array in self.arrays])
+        # The last row may be in the middle of its prompt. It has to stay last, so two move up.
+        for source in (last - 1, last):
+            if source > gap:
+                moved = self.rows[source]
+                self.copy(source, gap, len(moved.tokens))
+                self.rows[gap], moved.state, gap = moved, gap, source
+        self.rows.pop()
+
+    def clear(self) -> None:
+        self.rows, self.arrays, self.capacity, self.bound = [], [], 0, {}
+
+    def score(self, tokens: list[int]) -> np.ndarray:
+        self.reserve(len(tokens))
+        return self.run([Row(tokens, state=len(self.rows))], np.array([tokens]))[0]
+
+    def run(self, rows: list[Row], ids: np.ndarray) -> np.ndarray:
+        """Compute `ids` [rows, tokens], the ends of neighbouring rows' tokens.
+
+        Returns logits, float32 [rows, tokens, vocabulary], which stay until the next run.
+        """
+        first, (count, new) = rows[0].state, ids.shape
+        if self.logits.size < ids.size * self.vocabulary_size:
+            self.logits = lazy_zeros((ids.size * self.vocabulary_size,), self.logits_type)
+            self.bound = {}
+        bound = self.bound.get((first, count))
+        if bound is None:
+            bound = self.bound[first, count] = self.bind(first, count)
+        lengths = np.array([[len(row.tokens)] for row in rows])
+        # Single tokens need no exact mask, and none bound anew at every step.
+        width = self.capacity if new == 1 else int(lengths.max())
+        if bound.ids.shape != ids.shape or bound.mask.shape[1] != width:
+            self.bind_tokens(bound, count, new, width)
+        bound.ids[:] = ids
+        bound.mask[:] = np.arange(width) < lengths
+        if self.positions:
+            bound.binding.bind_cpu_input(self.positions, lengths - new + np.arange(new))
+        self.session.run_with_iobinding(bound.binding)
+        logits = bound.logits
+        return logits if logits.dtype == np.float32 else logits.astype(np.float32)
+
+    def bind(self, first: int, count: int) -> Bound:
+        """Bind neighbouring rows of the caches, as inputs and outputs at once."""
+        binding = self.session.io_binding()
+        for (past, present), array in zip(self.caches, self.arrays, strict=True):
+            bind(binding.bind_input, past, array[first : first + count])
+            bind(binding.bind_output, present, array[first : first + count])
+        nothing = np.empty((0, 0))
+        return Bound(binding, nothing, nothing, nothing)
+
+    def bind_tokens(self, bound: Bound, count: int, new: int, width: int) -> None:
+        bound.ids = np.empty((count, new), np.int64)
+        bound.mask = np.empty((count, width), np.int64)
+        size = count * new * self.vocabulary_size
+        bound.logits = self.logits[:size].reshape(count, new, self.vocabulary_size)
+        bind(bound.binding.bind_input, self.names["input_ids"], bound.ids)
+        bind(bound.binding.bind_input, self.names["attention_mask"], bound.mask)
+        bind(bound.binding.bind_output, self.logits_name, bound.logits)
+
+    def reserve(self, length: int) -> None:
+        """Make every row hold `length` tokens. Memory is taken up only where a row is used."""
+        if self.capacity >= length and (self.rows or self.capacity <= 4 * length + CAPACITY_STEP):
+            return
+        capacity = capacity_for(length)
+        shape = (self.max_rows + 1, self.heads, capacity, self.head_size)  # one more for `score`
+        arrays = [lazy_zeros(shape, self.cache_type) for _ in self.caches]
+        for array, previous in zip(arrays, self.arrays, strict=False):
+            for index, row in enumerate(self.rows):
+                array[index, :, : len(row.tokens)] = previous[index, :, : len(row.tokens)]
+        self.arrays, self.capacity, self.bound = arrays, capacity, {}
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        for array in self.arrays:
+            array[target, :, :length] = array[source, :, :length]
+
+
+def numpy_type(onnx_type: str) -> type[np.float32] | type[np.float16]:
+    """numpy's type for ONNX Runtime's `tensor(float)` or `tensor(float16)`."""
+    return np.float16 if onnx_type == "tensor(float16)" else np.float32
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    """Zeros that take up memory only where they are written; numpy's may take all at once."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
+
+
+def bind(to: Callable[..., None], name: str, array: np.ndarray) -> None:
+    to(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -1,0 +1,106 @@
+"""Each sequence through onnxruntime-genai's Generator, with any execution provider."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai as og
+
+from .decoder import (
+    LONGROPE_SWITCH,
+    ExecutionProviderUnavailable,
+    Row,
+    capacity_for,
+    common,
+    has_longrope,
+)
+
+
+class GeneratorDecoder:
+    """Each sequence in a Generator of its own, one after the other; any execution provider.
+
+    A finished Generator is kept and rewound to where the next prompt agrees with it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        genai_config: dict[str, Any],
+        provider: str,
+        threads: int,
+        cache_mb: float,
+    ) -> None:
+        config = og.Config(str(folder))
+        config.clear_providers()
+        if provider != "cpu":
+            config.append_provider(provider)
+        session = {"intra_op_num_threads": threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        try:
+            self.model = og.Model(config)
+        except RuntimeError as error:
+            if provider == "cpu":
+                raise
+            raise ExecutionProviderUnavailable(
+                f"{provider}: {' '.join(str(error).split())}"
+            ) from error
+        decoder = genai_config["model"]["decoder"]
+        values = (
+            decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"]
+        )
+        self.bytes_per_token = 2 * 4 * values
+        self.budget = int(cache_mb * 1e6)
+        self.longrope = has_longrope(genai_config)
+        self.kept: list[Row] = []  # the least recently used first
+
+    def open(self, prompt: list[int], length: int) -> Row:
+        end = len(prompt) - 1
+        if self.longrope and length > LONGROPE_SWITCH:
+            end = 0
+        fitting = [
+            (shared, row)
+            for row in self.kept
+            # Rewinding loses the rest of what was kept: not for a short beginning.
+            if (shared := common(prompt[:end], row.tokens)) > len(row.tokens) / 2
+            and row.state[1] >= length
+        ]
+        if fitting:
+            shared, best = max(fitting, key=lambda pair: pair[0])
+            self.kept.remove(best)
+            best.state[0].rewind_to(shared)
+            return Row(prompt[:shared], len(prompt), best.state)
+        capacity = capacity_for(length)
+        return Row([], len(prompt), (self.generator(capacity), capacity))
+
+    def extend(self, row: Row, tokens: list[int]) -> np.ndarray:
+        generator, before = row.state[0], len(row.tokens)
+        row.tokens += tokens
+        if self.longrope and 0 < before <= LONGROPE_SWITCH < len(row.tokens):
+            generator.rewind_to(0)  # the factors of all positions change
+            tokens = row.tokens
+        generator.append_tokens(tokens)
+        return generator.get_logits().reshape(-1)
+
+    def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray]:
+        return [self.extend(row, [token]) for row, token in zip(rows, tokens, strict=True)]
+
+    def close(self, row: Row) -> None:
+        if row.state[1] * self.bytes_per_token > self.budget:
+            return
+        self.kept.append(row)
+        while sum(kept.state[1] for kept in self.kept) * self.bytes_per_token > self.budget:
+            self.kept.pop(0)
+
+    def clear(self) -> None:
+        """Rows are Generators of their own: nothing is left of them."""
+
+    def score(self, tokens: list[int]) -> np.ndarray:
+        generator = self.generator(len(tokens) + 1)
+        generator.append_tokens(tokens)
+        return generator.get_output("logits")[0].astype(np.float32)
+
+    def generator(self, max_length: int) -> Any:
+        parameters = og.GeneratorParams(self.model)
+        parameters.set_search_options(max_length=max_length)
+        return og.Generator(self.model, parameters)

@@ -1,0 +1,84 @@
+"""Choose the next token from logits, by one request's parameters."""
+
+import numpy as np
+
+from ..parameters import Parameters
+from ..tokenizer import Grammar
+
+CANDIDATES = 1024  # top_p rarely needs more tokens than these
+GREEDY = 1e-5  # temperatures up to this one: float32 could not divide by them
+
+
+class Sampler:
+    """Chooses one sequence's tokens; `choice` tells the n answers to one prompt apart.
+
+    Sampling draws Gumbel noise onto the scores and takes the highest, which is a draw from their
+    softmax (Gumbel, 1954) that a grammar can still overrule.
+    """
+
+    def __init__(
+        self, parameters: Parameters, prompt: list[int], choice: int, grammar: Grammar | None
+    ) -> None:
+        self.parameters, self.grammar = parameters, grammar
+        seed = parameters.seed
+        self.random = np.random.default_rng(None if seed is None else (seed, choice))
+        self.seen = np.unique(prompt) if parameters.repetition_penalty != 1 else None
+
+    def choose(self, logits: np.ndarray) -> int:
+        """The next token, from float32 [vocabulary], which stays as it is."""
+        scores = self.penalised(logits)
+        if self.parameters.temperature > GREEDY:
+            token = self.draw(scores / np.float32(self.parameters.temperature))
+        else:
+            token = self.grammar.choose(scores) if self.grammar else int(scores.argmax())
+        if self.seen is not None:
+            self.seen = np.union1d(self.seen, [token])
+        return token
+
+    def penalised(self, logits: np.ndarray) -> np.ndarray:
+        """Logits of tokens that the sequence has, made less likely (arXiv:1909.05858)."""
+        if self.seen is None:
+            return logits
+        scores, penalty = logits.copy(), np.float32(self.parameters.repetition_penalty)
+        seen = scores[self.seen]
+        scores[self.seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        return scores
+
+    def draw(self, scores: np.ndarray) -> int:
+        kept = candidates(scores, self.parameters.top_k, self.parameters.top_p)
+        noisy = scores[kept] - np.log(self.random.exponential(size=len(kept)).astype(np.float32))
+        if self.grammar is None:
+            return int(kept[noisy.argmax()])
+        everything = scores - np.float32(1e6)  # below every candidate: for want of a better one
+        everything[kept] = noisy
+        return self.grammar.choose(everything)
+
+
+def candidates(scores: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """The tokens among which to draw: the `top_k` best, and of these the fewest that hold `top_p`.
+
+    Returns token ids, int64 [candidates].
+    """
+    kept = best(scores, top_k or (CANDIDATES if top_p < 1 else 0))
+    if top_p == 1:
+        return kept
+    weights = np.exp(scores - scores.max())
+    total = weights[kept].sum() if top_k else weights.sum()
+    if weights[kept].sum() < top_p * total:
+        kept = np.arange(len(scores))
+    kept = kept[np.argsort(-weights[kept], kind="stable")]
+    share = weights[kept].cumsum() / total
+    return kept[: int(np.searchsorted(share, top_p)) + 1]
+
+
+def best(scores: np.ndarray, count: int) -> np.ndarray:
+    """The ids of the `count` highest scores, in no order; 0 or more than there are means all."""
+    if not 0 < count < len(scores):
+        return np.arange(len(scores))
+    return np.argpartition(scores, -count)[-count:]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural-log probabilities over the last axis, float32."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

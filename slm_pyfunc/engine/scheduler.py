@@ -1,0 +1,259 @@
+"""Answer many sequences at once: one thread, one decoder, a queue.
+
+Every turn of the loop computes a piece of the prompts that wait, and one token of every sequence
+that is being answered. A sequence joins when there is room, and leaves when it ends.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import numpy as np
+
+from ..parameters import Parameters
+from ..tokenizer import TextStream
+from .cores import Turn
+from .decoder import PROMPT_PIECE, Decoder, Row
+from .sampling import Sampler, log_softmax
+
+PIECE_AMONG_OTHERS = 64  # tokens of prompts per turn while others are being answered
+
+
+class Busy(RuntimeError):
+    """The queue is full."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer; `finish_reason` is `stop` or `length`.
+
+    Tokens are counted as the model computes them: an end token and a stop string's tokens count as
+    generated, and `cached_tokens` of the prompt came from the cache. `logprobs` holds, for each
+    token but an end token, its id, its natural-log probability, and the most likely tokens as
+    (id, log-probability).
+    """
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    finish_reason: str
+    logprobs: list[tuple[int, float, list[tuple[int, float]]]]
+
+
+Event = tuple[int, str | Completion | Exception]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer on its way, the `choice`th to its prompt.
+
+    `events` receives its pieces of text if it is streamed, then its Completion or an error, each
+    with the choice; the answers to one prompt share it.
+    """
+
+    prompt: list[int]
+    parameters: Parameters
+    sampler: Sampler
+    text: TextStream
+    end_tokens: frozenset[int]
+    events: SimpleQueue[Event]
+    choice: int = 0
+    streamed: bool = False
+    cancelled: bool = False
+    row: Row = field(init=False)  # once it is open
+    cached_tokens: int = 0
+    generated: int = 0
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[tuple[int, float, list[tuple[int, float]]]] = field(default_factory=list)
+
+    def take(self, logits: np.ndarray) -> int | None:
+        """Choose the next token; None where the sequence ends with it."""
+        token = self.sampler.choose(logits)
+        self.generated += 1
+        ended = token in self.end_tokens
+        if not ended:
+            if self.parameters.logprobs:
+                self.logprobs.append(log_probabilities(logits, token, self.parameters.top_logprobs))
+            self.say(self.text.push(token))
+        if ended or self.text.stopped:
+            self.end("stop")
+        elif self.generated == self.parameters.max_tokens:
+            self.end("length")
+        else:
+            return token
+        return None
+
+    def say(self, piece: str) -> None:
+        if piece:
+            self.pieces.append(piece)
+            if self.streamed:
+                self.events.put((self.choice, piece))
+
+    def end(self, reason: str) -> None:
+        self.say(self.text.end())
+        text = "".join(self.pieces)
+        counts = len(self.prompt), self.generated, self.cached_tokens
+        self.events.put((self.choice, Completion(text, *counts, reason, self.logprobs)))
+
+
+class Scheduler:
+    """Answers sequences of several threads together, at most `max_batch_size` at a time.
+
+    Its thread lives while there is work, so that an idle model can be forked and forgotten.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_batch_size: int,
+        max_queue_size: int,
+        turn: Turn,
+    ) -> None:
+        self.decoder = decoder
+        self.max_batch_size, self.max_queue_size = max_batch_size, max_queue_size
+        self.lock = threading.Lock()  # guards `waiting` and `working`
+        self.waiting: deque[Sequence] = deque()
+        self.working = False
+        self.computing = threading.Lock()  # held while the decoder computes
+        self.turn = turn  # taken while it computes, on cores that other models use too
+        self.open: list[Sequence] = []  # those with a row: `reading`, and the active ones
+        self.active: list[tuple[Sequence, int]] = []  # each with the token to compute next
+        self.reading: Sequence | None = None  # its prompt is partly computed
+
+    def submit(self, sequences: list[Sequence], may_wait: bool = False) -> None:
+        """Queue sequences; raise Busy where more would wait than may, unless these `may_wait`."""
+        with self.lock:
+            free = self.max_batch_size - len(self.open)
+            waiting = len(self.waiting) + len(sequences) - max(free, 0)
+            if waiting > self.max_queue_size and not may_wait:
+                raise Busy(
+                    f"busy: {len(self.waiting)} requests wait, {len(sequences)} more are too many; "
+                    f"max_queue_size is {self.max_queue_size}. Ask again later."
+                )
+            self.waiting.extend(sequences)
+            if self.working:
+                return
+            self.working = True
+        threading.Thread(target=self.work, name="genai-scheduler", daemon=True).start()
+
+    def work(self) -> None:
+        while True:
+            with self.lock:
+                if not (self.waiting or self.open):
+                    self.working = False
+                    return
+            with self.computing, self.turn():
+                try:
+                    self.drop_cancelled()
+                    self.read_prompts()
+                    if self.active:
+                        self.decode()
+                except Exception as error:
+                    self.fail(error)
+
+    def read_prompts(self) -> None:
+        """Compute a piece of the prompts that wait, smaller while others are being answered."""
+        budget = PIECE_AMONG_OTHERS if self.active else PROMPT_PIECE
+        while budget > 0:
+            if self.reading is None and not self.open_next():
+                return
+            sequence = self.reading
+            assert sequence is not None
+            left = sequence.prompt[len(sequence.row.tokens) :]
+            piece = left[:budget]
+            logits = self.decoder.extend(sequence.row, piece)
+            budget -= len(piece)
+            if len(piece) == len(left):
+                self.reading = None
+                self.advance([sequence], [logits])
+
+    def open_next(self) -> bool:
+        """Give a row to the sequence that has waited longest, where there is room."""
+        if len(self.active) >= self.max_batch_size:
+            return False
+        with self.lock:
+            if not self.waiting:
+                return False
+            sequence = self.waiting.popleft()
+        length = len(sequence.prompt) + sequence.parameters.max_tokens
+        try:
+            sequence.row = self.decoder.open(sequence.prompt, length)
+        except Exception as error:  # its own: there may be no memory for one so long
+            sequence.events.put((sequence.choice, error))
+            return False
+        sequence.cached_tokens = len(sequence.row.tokens)
+        self.reading = sequence
+        self.open.append(sequence)
+        return True
+
+    def decode(self) -> None:
+        """Compute one token of every active sequence, and choose the next."""
+        rows = [sequence.row for sequence, _ in self.active]
+        logits = self.decoder.step(rows, [token for _, token in self.active])
+        sequences, self.active = [sequence for sequence, _ in self.active], []
+        self.advance(sequences, logits)
+
+    def advance(self, sequences: list[Sequence], logits: list[np.ndarray]) -> None:
+        """Let each sequence choose a token from its logits; close the rows of those that end."""
+        ended = []
+        for sequence, scores in zip(sequences, logits, strict=True):
+            try:
+                token = sequence.take(scores)
+            except Exception as error:  # a grammar's, say: the others go on
+                sequence.events.put((sequence.choice, error))
+                token = None
+            if token is None:
+                ended.append(sequence)
+            else:
+                self.active.append((sequence, token))
+        self.close(ended)
+
+    def drop_cancelled(self) -> None:
+        dropped = [sequence for sequence, _ in self.active if sequence.cancelled]
+        self.active = [pair for pair in self.active if not pair[0].cancelled]
+        if self.reading is not None and self.reading.cancelled:
+            dropped.append(self.reading)
+            self.reading = None
+        with self.lock:
+            self.waiting = deque(s for s in self.waiting if not s.cancelled)
+        self.close(dropped)
+
+    def close(self, sequences: list[Sequence]) -> None:
+        for sequence in reversed(sequences):  # the last rows first: fewer have to move
+            self.open.remove(sequence)
+            self.decoder.close(sequence.row)
+
+    def fail(self, error: Exception) -> None:
+        """Give everyone under way the error; who waits has another chance."""
+        failed, self.open = self.open, []
+        self.active, self.reading = [], None
+        self.decoder.clear()
+        for sequence in failed:
+            sequence.events.put((sequence.choice, error))
+
+
+def log_probabilities(
+    logits: np.ndarray, token: int, count: int
+) -> tuple[int, float, list[tuple[int, float]]]:
+    """The token's log-probability, and the `count` most likely tokens with theirs."""
+    scores = log_softmax(logits)
+    top = np.argsort(-scores)[:count].tolist() if count else []
+    return token, float(scores[token]), [(i, float(scores[i])) for i in top]
+
+
+def receive(sequences: list[Sequence]) -> Iterator[tuple[int, str | Completion]]:
+    """The events of the answers to one prompt, up to the last end; given up before, they end."""
+    left = len(sequences)
+    try:
+        while left:
+            choice, event = sequences[0].events.get()
+            if isinstance(event, Exception):
+                raise event
+            left -= isinstance(event, Completion)
+            yield choice, event
+    finally:
+        for sequence in sequences:
+            sequence.cancelled = True

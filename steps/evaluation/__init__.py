@@ -1,1 +1,0 @@
-"""What evaluate measures and shows: one file for each thing measured, one for what is written."""
