@@ -1,8 +1,11 @@
 # make run, make test, make bench: each sets up .venv from requirements.txt first, and anew whenever that file changes.
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-PYTHON := $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(firstword $(foreach v,3.11 3.12,$(shell python$(v) -c 'import sys; print(sys.executable)' 2>/dev/null)) python3)
 READY := $(VENV)/.ready-$(shell cksum < requirements.txt | cut -d' ' -f1)
+UV := $(shell sed -n 's/^uv==/uv==/p' requirements.txt)
+# uv is told what pip is told of package indexes.
+TOLD := UV_FIND_LINKS="$$PIP_FIND_LINKS" UV_DEFAULT_INDEX="$$PIP_INDEX_URL" UV_INDEX="$$PIP_EXTRA_INDEX_URL"
 
 .PHONY: run test lint format bench clean
 
@@ -21,11 +24,15 @@ format: $(READY)
 	"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
 
+# Quiet; what fails is shown in full. uv shows progress on a terminal; pip takes over where uv cannot work.
 $(READY): requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed, found " + sys.version)'
-	$(PYTHON) -m venv --clear $(VENV)
-	"$(BIN)/pip" install --disable-pip-version-check -r requirements.txt
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed, found " + sys.version)'
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version): about 2 GB, a minute or two the first time" >&2
+	@$(PYTHON) -m venv --clear $(VENV)
+	@"$(BIN)/pip" install --quiet --disable-pip-version-check $(UV)
+	@$(TOLD) "$(BIN)/uv" pip install --python "$(BIN)/python" --compile-bytecode -r requirements.txt $$([ -t 2 ] || echo --quiet) \
+		|| "$(BIN)/pip" install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
 
 bench: run  ## the packaged models against a bare loop, the checkpoint and peers
 	"$(BIN)/python" -m bench

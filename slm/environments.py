@@ -1,6 +1,7 @@
 """Python environments of given requirements, made once and kept in the work folder."""
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,19 @@ from slm.errors import StepError
 
 log = logging.getLogger("slm.environments")
 
+# uv's names for what pip is told of package indexes by its own variables.
+UV_SETTINGS = {
+    "UV_FIND_LINKS": "PIP_FIND_LINKS",
+    "UV_DEFAULT_INDEX": "PIP_INDEX_URL",
+    "UV_INDEX": "PIP_EXTRA_INDEX_URL",
+}
+
 
 def environment_of(requirements: list[str], folder: Path) -> Path:
     """The Python of an environment that holds the requirements and nothing else.
 
     It lies in `folder` under the digest of the requirements, and is reused from there. uv makes it
-    if it is installed, else pip. Raises StepError if it cannot be made.
+    in seconds; if uv is absent or fails, pip does. Raises StepError if it cannot be made.
     """
     key = digest_of([sys.version, sys.prefix, *requirements])[:16]
     place = folder / key
@@ -28,25 +36,36 @@ def environment_of(requirements: list[str], folder: Path) -> Path:
         ready = place / "ready"
         if not ready.is_file():
             log.info("building an environment of %s", ", ".join(requirements))
-            shutil.rmtree(place, ignore_errors=True)
-            for command, complaint in commands(requirements, place, python):
-                run(command, complaint)
+            if not made_by_uv(requirements, place, python):
+                make_by_pip(requirements, place, python)
             ready.touch()
     return python
 
 
-def commands(requirements: list[str], place: Path, python: Path) -> list[tuple[list[str], str]]:
-    """What makes an environment, each command with what to say if it fails."""
-    made, installed = "the environment cannot be made", "the requirements cannot be installed"
-    if uv := shutil.which("uv"):
-        return [
-            ([uv, "venv", "--quiet", "--python", sys.executable, str(place)], made),
-            ([uv, "pip", "install", "--quiet", "--python", str(python), *requirements], installed),
-        ]
+def made_by_uv(requirements: list[str], place: Path, python: Path) -> bool:
+    """Whether uv is here and made the environment; it does not read pip's configuration files."""
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if uv is None:
+        return False
+    shutil.rmtree(place, ignore_errors=True)
+    told = {ours: os.environ[pips] for ours, pips in UV_SETTINGS.items() if pips in os.environ}
+    environment = {**told, **os.environ}
+    commands = [
+        [uv, "venv", "--quiet", "--python", sys.executable, str(place)],
+        [uv, "pip", "install", "--quiet", "--python", str(python), *requirements],
+    ]
+    return all(
+        subprocess.run(command, env=environment, capture_output=True).returncode == 0
+        for command in commands
+    )
+
+
+def make_by_pip(requirements: list[str], place: Path, python: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    run([sys.executable, "-m", "venv", str(place)], "the environment cannot be made")
     install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     # Compiling all that is installed takes longer than installing it.
-    install += ["--no-compile", *requirements]
-    return [([sys.executable, "-m", "venv", str(place)], made), (install, installed)]
+    run([*install, "--no-compile", *requirements], "the requirements cannot be installed")
 
 
 def run(command: list[str], complaint: str) -> None:

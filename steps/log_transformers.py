@@ -5,7 +5,6 @@ mlflow models serve -m models:/m-… --env-manager local
 """
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +25,6 @@ LIBRARIES = ("mlflow", "transformers", "torch", "accelerate")
 
 def log_transformers(checkpoint: Path, provenance: Provenance, model_name: str) -> LoggedModels:
     """Log the checkpoint folder as it is: its weights are copied, never loaded."""
-    # MLflow looks for a model card at the hub, under whatever name it was given.
-    os.environ["HF_HUB_OFFLINE"] = "1"
     from huggingface_hub import ModelCard
 
     requirements = [
@@ -43,7 +40,7 @@ def log_transformers(checkpoint: Path, provenance: Provenance, model_name: str) 
         size_mb=size_mb(checkpoint),
     )
     licence = provenance.licence or "unknown"
-    with named_checkpoint(checkpoint, model_name) as relative_path:
+    with offline_hub(), named_checkpoint(checkpoint, model_name) as relative_path:
         logged = mlflow.transformers.log_model(
             transformers_model=relative_path,
             name=model.logged_name,
@@ -58,6 +55,18 @@ def log_transformers(checkpoint: Path, provenance: Provenance, model_name: str) 
         )
     stored = model.stored_as(logged.model_uri)
     return LoggedModels(stored.uri, [stored], stored.size_mb)
+
+
+@contextlib.contextmanager
+def offline_hub() -> Iterator[None]:
+    """Keep MLflow 3.17 from looking for a model card at the hub, under the name it was given."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

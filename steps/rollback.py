@@ -49,11 +49,17 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Rollback:
-    """A rollback, as it was planned; `uri` is the first restored champion.
+class Request:
+    """Why to roll back, when (ISO 8601) and by whom it was asked for."""
 
-    It says why, when (ISO 8601) and by whom it was asked for.
-    """
+    reason: str
+    when: str = ""
+    who: str = ""
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A Request, and the moves that it leads to; `uri` is the first restored champion."""
 
     uri: str
     reason: str
@@ -67,7 +73,7 @@ class Rollback:
         return f"{self.reason} ({self.when}, {self.who})" if self.when else self.reason
 
 
-def rollback(names: list[str], reason: str, who: str, holder: str) -> Rollback:
+def rollback(names: list[str], request: Request, holder: str) -> Rollback:
     """Go back one step, or finish an earlier run's. `holder` names this run among all that write.
 
     Raises InputError if there is nothing to go back to, StepError if the champion changed
@@ -84,12 +90,12 @@ def rollback(names: list[str], reason: str, who: str, holder: str) -> Rollback:
                         f"{name}: version {now} became champion meanwhile, after {champion}. "
                         "Look at it, and roll back again if it has to go."
                     )
-            plan = plan_of(client, names, reason, who)
+            plan = plan_of(client, names, request)
             client.set_registered_model_tag(names[0], PLAN, json.dumps(asdict(plan)))
         for step in plan.steps:
             go_back(client, step, plan.tag)
     client.delete_registered_model_tag(names[0], PLAN)
-    if plan.reason != reason:
+    if plan.reason != request.reason:
         raise StepError(
             f"finished an earlier rollback, because: {plan.tag}. Look at the champion, and roll "
             "back again if it has to go as well."
@@ -125,7 +131,7 @@ def unfinished(client: MlflowClient, names: list[str]) -> Rollback | None:
     return replace(plan, steps=steps)
 
 
-def plan_of(client: MlflowClient, names: list[str], reason: str, who: str) -> Rollback:
+def plan_of(client: MlflowClient, names: list[str], request: Request) -> Rollback:
     """What to go back to, of each registered model."""
     steps = []
     for name in names:
@@ -138,8 +144,7 @@ def plan_of(client: MlflowClient, names: list[str], reason: str, who: str) -> Ro
         raise InputError(f"{' and '.join(names)} have no version to go back to.")
     for name in set(names) - {step.name for step in steps}:
         log.info("rollback: %s has no version to go back to, and stays as it is", name)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Rollback(f"models:/{steps[0].name}@{CHAMPION}", reason, steps, now, who)
+    return Rollback(f"models:/{steps[0].name}@{CHAMPION}", steps=steps, **asdict(request))
 
 
 def predecessors(client: MlflowClient, name: str, champion: str, previous: str) -> list[str]:
@@ -174,8 +179,10 @@ def main(config: Config) -> None:
     with mlflow_run("rollback") as run:
         log_parameters("register", config)
         names = registered_names(config.model.name, config.target.name, config.register)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         who = run.data.tags.get("mlflow.user", "")
-        result = rollback(names, config.reason or "no reason given", who, run.info.run_id)
+        request = Request(config.reason or "no reason given", now, who)
+        result = rollback(names, request, run.info.run_id)
         mlflow.set_tags({"reason": result.tag, "restored": result.uri})
         mlflow.log_dict({"outcome": asdict(result)}, "result.json")
 

@@ -1,26 +1,39 @@
 """The real pipeline on the real small model, once for the session, and what it left."""
 
 import contextlib
-import json
+import importlib
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlflow
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from steps.config import CONF, ROOT, Config, Interface
-from steps.evaluation.data import read_prompts, read_texts
-from steps.evaluation.measurements import Inputs, measure, request_of
-from steps.provenance import read_provenance
+from slm.config import CONF, ROOT, Config, Interface
+from slm.digests import read_provenance
+from slm.evaluation.data import read_prompts, read_texts
+from slm.evaluation.measure import Inputs, Measurement, Measuring, conditions_of, request_of
+from slm.exporters.builder import build, builder_arguments
+from slm.records import (
+    Checkpoint,
+    Evaluation,
+    LoggedModel,
+    LoggedModels,
+    OnnxModel,
+    Registration,
+    from_json,
+)
+from slm.running.command import forget_digests_of_another_source
+from tests.checkpoints import write_as_phi3, write_tiny
+
+T = TypeVar("T")
 
 MODEL = "smollm2-135m-instruct"
 TARGET = "cpu-int4-rtn-block-32-acc-level-4"
@@ -36,19 +49,16 @@ TINY = (
 
 @dataclass(frozen=True)
 class Project:
-    """A place to run the project in: a work folder and a tracking store of its own.
-
-    `made` holds the outcome of each step, where `main` ran.
-    """
+    """A place to run the project in: a work folder and a tracking store of its own."""
 
     folder: Path
-    made: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
         own = {"MLFLOW_TRACKING_URI": self.tracking_uri, "SLM_WORK": str(self.folder / "work")}
+        own |= {"MLFLOW_EXPERIMENT_NAME": "tests"}
         return {**inherited, **own, "PATH": path}
 
     @property
@@ -63,7 +73,7 @@ class Project:
         self, entry_point: str, *parameters: str, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", entry_point]
-        command += ["--env-manager", "local", "--experiment-name", "tests"]
+        command += ["--env-manager", "local"]
         for parameter in parameters:
             command += ["-P", parameter]
         return self.run(command, **environment)
@@ -75,11 +85,14 @@ class Project:
         everything = {**self.environment, **environment}
         return subprocess.run(command, cwd=ROOT, env=everything, text=True, capture_output=True)
 
-    def outcome(self, step: str) -> dict[str, Any]:
-        """The newest outcome of a step in the work folder."""
-        results = (self.folder / "work" / step).glob("*/result.json")
-        newest = max(results, key=lambda path: path.stat().st_mtime_ns)
-        return json.loads(newest.read_text())["outcome"]
+    def call(self, step: str, *overrides: str) -> Any:
+        """Run a step in this process, and return its outcome or raise its error."""
+        config = composed(*overrides, f"paths.work={self.folder / 'work'}")
+        with tracking(self):
+            try:
+                return importlib.import_module(f"steps.{step}").main(config)
+            finally:
+                mlflow.end_run()
 
     def runs(self, name: str) -> list[mlflow.entities.Run]:
         """The MLflow runs of that name, newest first."""
@@ -97,90 +110,130 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
 
 
+@dataclass(frozen=True)
+class Packaged(Project):
+    """A project in which `main` ran to its end, and the outcome of each of its steps."""
+
+    stdout: str = ""
+    outcomes: dict[str, Any] = field(default_factory=dict)
+
+    def outcome(self, step: str, record: type[T]) -> T:
+        return from_json(record, self.outcomes[step])
+
+    @property
+    def fetched(self) -> Checkpoint:
+        return self.outcome("fetch", Checkpoint)
+
+    @property
+    def exported(self) -> OnnxModel:
+        return self.outcome("export_onnx", OnnxModel)
+
+    @property
+    def candidates(self) -> LoggedModels:
+        return self.outcome("log_pyfunc", LoggedModels)
+
+    @property
+    def reference(self) -> LoggedModel:
+        return self.outcome("log_transformers", LoggedModels).models[0]
+
+    @property
+    def evaluation(self) -> Evaluation:
+        return self.outcome("evaluate", Evaluation)
+
+    @property
+    def registration(self) -> Registration:
+        return self.outcome("register", Registration)
+
+    @property
+    def pair(self) -> list[str]:
+        """The arguments of evaluate."""
+        candidates = f"candidate=[{','.join(self.candidates.uris)}]"
+        return [candidates, f"reference={self.reference.uri}"]
+
+
 @pytest.fixture(scope="session")
-def packaged(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
     """A project in which `main` ran to its end; tests read it, and add under other keys."""
     project = Project(tmp_path_factory.mktemp("packaged"))
     create_experiment(project.folder)
     process = project.mlflow_run("main", f"overrides={TINY}")
     assert process.returncode == 0, process.stderr[-3000:]
-    (project.folder / "stdout").write_text(process.stdout)
-    for folder in (project.folder / "work").iterdir():
-        project.made[folder.name] = project.outcome(folder.name)
-    return project
+    [run] = project.client.search_runs(["1"], "tags.mlflow.project.entryPoint = 'main'")
+    with tracking(project):
+        outcomes = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/result.json")
+    return Packaged(project.folder, process.stdout, outcomes)
 
 
 @pytest.fixture(scope="session")
-def smollm2(packaged: Project) -> Path:
+def smollm2(packaged: Packaged) -> Path:
     """The checkpoint that fetch made."""
-    return Path(packaged.made["fetch"]["uri"])
+    return Path(packaged.fetched.uri)
 
 
 @pytest.fixture(scope="session")
-def onnx(packaged: Project) -> Path:
+def onnx(packaged: Packaged) -> Path:
     """The ONNX folder that export_onnx made."""
-    return Path(packaged.made["export_onnx"]["uri"])
+    return Path(packaged.exported.uri)
 
 
 @pytest.fixture(scope="session")
-def chat_folder(packaged: Project) -> Path:
+def chat_folder(packaged: Packaged) -> Path:
     """The logged chat model, as a folder."""
     return logged_folder(packaged, "chat")
 
 
 @pytest.fixture(scope="session")
-def prompt_folder(packaged: Project) -> Path:
+def prompt_folder(packaged: Packaged) -> Path:
     """The logged prompt model, as a folder."""
     return logged_folder(packaged, "prompt")
 
 
-def logged_folder(project: Project, interface: str) -> Path:
-    models = project.made["log_pyfunc"]["models"]
-    [model_id] = [model["model_id"] for model in models if model["interface"] == interface]
-    location = project.client.get_logged_model(model_id).artifact_location
+def logged_folder(project: Packaged, interface: str) -> Path:
+    [model] = [model for model in project.candidates.models if model.interface == interface]
+    return folder_of(project, model)
+
+
+def folder_of(project: Project, model: LoggedModel) -> Path:
+    """Where the store keeps a logged model."""
+    location = project.client.get_logged_model(model.model_id).artifact_location
     return Path(location.removeprefix("file://"))
 
 
 @pytest.fixture(scope="session")
-def phi3(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2's weights as a `Phi3ForCausalLM` checkpoint: trained, small, and on the Phi-3 path.
-
-    q, k and v become one `qkv_proj`, gate and up one `gate_up_proj`.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path_factory.mktemp("phi3")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(smollm2 / name, folder / name)
-    config = json.loads((smollm2 / "config.json").read_text())
-    config |= {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": 2047}
-    config |= {"original_max_position_embeddings": config["max_position_embeddings"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = load_file(smollm2 / "model.safetensors")
-    for i in range(config["num_hidden_layers"]):
-        for parts, fused in (
-            (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"),
-            (("mlp.gate_proj", "mlp.up_proj"), "mlp.gate_up_proj"),
-        ):
-            names = [f"model.layers.{i}.{part}.weight" for part in parts]
-            fused_weight = torch.cat([weights.pop(name) for name in names])
-            weights[f"model.layers.{i}.{fused}.weight"] = fused_weight
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
+def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a few MB with random weights, for tests that do not depend on them."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint", smollm2)
 
 
 @pytest.fixture(scope="session")
-def checkpoint(packaged: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint, measured: the folder that an ONNX model is compared with."""
+def tiny_onnx(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ONNX folder of `tiny`."""
+    folder = tmp_path_factory.mktemp("tiny-onnx")
+    build(tiny, builder_arguments(composed().target), folder / "onnx", folder / "cache")
+    return folder / "onnx"
+
+
+@pytest.fixture(scope="session")
+def phi3(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's weights as a `Phi3ForCausalLM` checkpoint."""
+    return write_as_phi3(tmp_path_factory.mktemp("phi3"), smollm2)
+
+
+@pytest.fixture(scope="session")
+def measuring(packaged: Packaged, tmp_path_factory: pytest.TempPathFactory) -> Measuring:
+    """How the tests measure: little of everything."""
     settings = composed("evaluate.max_tokens=192", "evaluate.max_prompts=3").evaluate
     settings = replace(settings, prompt_lengths=[32], repeats=1, max_new_tokens=8)
-    inputs = Inputs([], "", None, read_texts(settings), read_prompts(settings))
-    folder = tmp_path_factory.mktemp("measured")
-    (folder / "request.json").write_text(json.dumps(request_of(inputs, settings)))
+    inputs = Inputs([], packaged.reference, None, read_texts(settings), read_prompts(settings))
+    request, conditions = request_of(inputs, settings), conditions_of(inputs, settings)
+    return Measuring(request, conditions, str(tmp_path_factory.mktemp("measured")))
+
+
+@pytest.fixture(scope="session")
+def measured_checkpoint(packaged: Packaged, measuring: Measuring) -> Measurement:
+    """The checkpoint, measured: what an ONNX model is compared with."""
     with tracking(packaged):
-        measure(packaged.made["log_transformers"]["uri"], folder / "checkpoint")
-    return folder / "checkpoint"
+        return measuring.measure(packaged.reference)
 
 
 def composed(*overrides: str) -> Config:
@@ -188,6 +241,7 @@ def composed(*overrides: str) -> Config:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_object(compose("config", list(overrides)))
     assert isinstance(config, Config)
+    forget_digests_of_another_source(config, list(overrides))
     return config
 
 
@@ -202,56 +256,87 @@ def tracking(project: Project) -> Iterator[None]:
     """Point this process's MLflow at a project's store."""
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(project.tracking_uri)
+    mlflow.set_experiment("tests")
     try:
         yield
     finally:
         mlflow.set_tracking_uri(before)
 
 
+@dataclass(frozen=True)
+class Generations(Project):
+    """A registry with generations of one model, and the evaluation of each, oldest first."""
+
+    evaluations: tuple[Evaluation, ...] = ()
+
+    @property
+    def first(self) -> Evaluation:
+        return self.evaluations[0]
+
+    @property
+    def second(self) -> Evaluation:
+        return self.evaluations[1]
+
+    @property
+    def third(self) -> Evaluation:
+        return self.evaluations[2]
+
+
 @pytest.fixture(scope="session")
-def generations(packaged: Project, onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Three generations of packaged's model in a registry of their own; `made` holds evaluations.
+def generations(
+    packaged: Packaged, onnx: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Generations:
+    """Three generations of packaged's model in a registry of their own.
 
     The first is champion. The others came too late: evaluated before there was a champion, and
-    registered after. `first.db` is the store before they were registered.
+    registered after. `first/mlflow.db` is the store before they were registered. The first proves
+    that its versions answer; the others are the same weights, and take that for granted.
     """
     from steps.register import register
 
     folder = tmp_path_factory.mktemp("generations")
     copy_store(packaged.folder / "mlflow.db", folder)
-    evaluation = packaged.made["evaluate"] | {"champion": "", "champion_metrics": {}}
-    evaluation |= {"conditions": "one machine", "model_card": "# Card", "gates": []}
-    project = Project(folder, {"1": evaluation})
+    evaluation = replace(
+        packaged.evaluation,
+        champion="",
+        champion_metrics={},
+        conditions="one machine",
+        model_card="# Card",
+        gates=[],
+    )
+    evaluations = [evaluation]
+    project = Project(folder)
     for model in project.client.search_registered_models():
         project.client.delete_registered_model(model.name)
     with tracking(project):
-        for generation, max_tokens in (("2", 200), ("3", 300)):
-            with mlflow.start_run(experiment_id="1"):
-                candidates = log_onnx(onnx, max_tokens, Interface.chat, Interface.prompt)
-            project.made[generation] = evaluation | {"candidates": candidates}
-        for generation, made in project.made.items():
-            register(made, composed().register, f"generation-{generation}")
-            if generation == "1":
-                copy_store(folder / "mlflow.db", folder / "first")
-    return project
+        for max_tokens in (200, 300):
+            with mlflow.start_run():
+                logged = log_onnx(onnx, max_tokens, Interface.chat, Interface.prompt)
+            evaluations.append(replace(evaluation, candidates=[model.uri for model in logged]))
+        register(evaluation, composed().register, "generation-1")
+        copy_store(folder / "mlflow.db", folder / "first")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("slm.registry.versions.prove", lambda *_, **__: None)
+            for number in (1, 2):
+                register(evaluations[number], composed().register, f"generation-{number + 1}")
+    return Generations(folder, tuple(evaluations))
 
 
 @pytest.fixture
-def registry(generations: Project, tmp_path: Path) -> Project:
+def registry(generations: Generations, tmp_path: Path) -> Generations:
     """A copy of the three generations' registry, for a test that changes it."""
     copy_store(generations.folder / "mlflow.db", tmp_path)
-    return Project(tmp_path, generations.made)
+    return Generations(tmp_path, generations.evaluations)
 
 
-def log_onnx(onnx: Path, max_tokens: int, *interfaces: Interface) -> list[str]:
-    """Log an ONNX folder under a setting, which makes it another content; return the URIs."""
-    from steps.log_pyfunc import log_interface, runtime_requirements
+def log_onnx(onnx: Path, max_tokens: int, *interfaces: Interface) -> list[LoggedModel]:
+    """Log an ONNX folder under a setting, which makes it another content."""
+    from steps.log_pyfunc import Packaging, log_interface, runtime_requirements
 
     config = composed(f"log_pyfunc.max_tokens={max_tokens}")
     requirements = runtime_requirements(config.target.runtime_package)
-    provenance = read_provenance(onnx)
-    logged = [log_interface(i, onnx, provenance, requirements, config) for i in interfaces]
-    return [f"models:/{model['model_id']}" for model in logged]
+    packaging = Packaging(config.model.name, config.target, config.log_pyfunc, requirements)
+    return [log_interface(i, onnx, read_provenance(onnx), packaging) for i in interfaces]
 
 
 def copy_store(database: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 from mlflow import MlflowClient
 
 import steps.register
-from steps.config import ROOT
-from steps.registry import aliases_of
-from steps.rollback import rollback
-from tests.conftest import MODEL, TARGET, Project, composed, copy_store, tracking
+from slm.config import ROOT
+from slm.records import Evaluation, Registration
+from slm.registry.names import aliases_of
+from slm.running.work import enum_value
+from steps.rollback import Request, rollback
+from tests.conftest import MODEL, TARGET, Generations, Project, composed, copy_store, tracking
 
 CHAT, PROMPT = f"{MODEL}-{TARGET}-chat", f"{MODEL}-{TARGET}-prompt"
 CHECKPOINT = f"{MODEL}-transformers"
@@ -26,29 +29,27 @@ STORES = [f"mlflow.store.{store}.sqlalchemy_store" for store in ("tracking", "mo
 WRITES = ("create_", "set_", "delete_", "update_")
 
 
-def register(
-    project: Project, evaluation: dict[str, Any], *overrides: str
-) -> steps.register.Registration:
+def register(project: Project, evaluation: Evaluation, *overrides: str) -> Registration:
     settings = composed(*overrides).register
     with tracking(project):
         return steps.register.register(evaluation, settings, os.urandom(8).hex())
 
 
-def start_register(project: Project, evaluation: dict[str, Any]) -> subprocess.Popen[str]:
+def start_register(project: Project, evaluation: Evaluation) -> subprocess.Popen[str]:
     """`register` as a process of its own, given what evaluate leaves."""
-    file = project.folder / f"{evaluation['candidates'][0][-8:]}.json"
-    file.write_text(json.dumps({"outcome": evaluation}))
+    file = project.folder / f"{evaluation.candidates[0][-8:]}.json"
+    file.write_text(json.dumps({"outcome": evaluation.json()}, default=enum_value))
     command = [sys.executable, "-m", "steps.register", f"source={file}"]
     return subprocess.Popen(
         command, cwd=ROOT, env=project.environment, stderr=subprocess.PIPE, text=True
     )
 
 
-def seen(evaluation: dict[str, Any], champion: str, **metrics: float) -> dict[str, Any]:
+def seen(evaluation: Evaluation, champion: str, **metrics: float) -> Evaluation:
     """An evaluation that saw a champion as good as itself but for `metrics`, factors."""
-    own = evaluation["candidate_metrics"]
+    own = evaluation.candidate_metrics
     theirs = {name: value * metrics.get(name, 1) for name, value in own.items()}
-    return evaluation | {"champion": f"models:/{CHAT}/{champion}", "champion_metrics": theirs}
+    return replace(evaluation, champion=f"models:/{CHAT}/{champion}", champion_metrics=theirs)
 
 
 def aliases(project: Project, name: str = CHAT) -> dict[str, str]:
@@ -69,7 +70,7 @@ def state(project: Project) -> dict[str, Any]:
 
 
 def after_kills(
-    base: Project, work: Callable[[Project], object], folder: Path
+    base: Generations, work: Callable[[Generations], object], folder: Path
 ) -> list[dict[str, Any]]:
     """The states that `work` ends with where an earlier run was killed before its n-th write.
 
@@ -79,22 +80,22 @@ def after_kills(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.registry_state", *STORES])
     with ProcessPoolExecutor(2, mp_context=context) as pool:
-        project = Project(folder / "undisturbed", base.made)
+        project = Generations(folder / "undisturbed", base.evaluations)
         copy_store(base.folder / "mlflow.db", project.folder)
         left = pool.submit(run_and_copy, work, project, folder).result()
         return [*pool.map(run_again, [work] * len(left), left), state(project)]
 
 
 def run_and_copy(
-    work: Callable[[Project], object], project: Project, folder: Path
-) -> list[Project]:
+    work: Callable[[Generations], object], project: Generations, folder: Path
+) -> list[Generations]:
     """Run `work`; copy the store before each write of its thread, which is not the heartbeat's."""
-    left: list[Project] = []
+    left: list[Generations] = []
 
     def copied(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
             if threading.current_thread() is threading.main_thread():
-                left.append(Project(folder / str(len(left)), project.made))
+                left.append(Generations(folder / str(len(left)), project.evaluations))
                 copy_store(project.folder / "mlflow.db", left[-1].folder)
             return method(*arguments, **named)
 
@@ -108,24 +109,23 @@ def run_and_copy(
     return left
 
 
-def run_again(work: Callable[[Project], object], left: Project) -> dict[str, Any]:
+def run_again(work: Callable[[Generations], object], left: Generations) -> dict[str, Any]:
     """Run `work` on what a kill left, in this process's one store: to open one takes a second."""
-    project = Project(left.folder.parent / f"process-{os.getpid()}", left.made)
+    project = Generations(left.folder.parent / f"process-{os.getpid()}", left.evaluations)
     copy_store(left.folder / "mlflow.db", project.folder)
     return run(work, project)
 
 
-def run(work: Callable[[Project], object], project: Project) -> dict[str, Any]:
+def run(work: Callable[[Generations], object], project: Generations) -> dict[str, Any]:
     """Run `work` where the dead are known as such in no time, and return the state it leaves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("steps.registry.LEASE_S", 0.3)
+        patch.setattr("slm.registry.turns.LEASE_S", 0.3)
         # The proof writes nothing; `generations` ran it on the same models.
-        proven: Any = subprocess.CompletedProcess([], 0)
-        patch.setattr("steps.register.subprocess.run", lambda *_, **__: proven)
+        patch.setattr("slm.registry.versions.prove", lambda *_, **__: None)
         work(project)
     return state(project)
 
 
 def go_back(project: Project, *names: str) -> None:
     with tracking(project):
-        rollback(list(names or (CHAT, PROMPT)), "slow", os.urandom(8).hex())
+        rollback(list(names or (CHAT, PROMPT)), Request("slow"), os.urandom(8).hex())

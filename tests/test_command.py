@@ -1,8 +1,12 @@
+import json
+
 import pytest
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
-from steps.command import hydra_arguments, join_overrides, split_overrides
-from tests.conftest import Project
+from slm.running.command import hydra_arguments, split_overrides
+from slm.running.hydra_errors import explain
+from tests.conftest import Project, composed
 
 
 def test_overrides_split_at_spaces_outside_quotes_and_brackets() -> None:
@@ -17,9 +21,30 @@ def test_overrides_split_at_spaces_outside_quotes_and_brackets() -> None:
     ]
 
 
-@pytest.mark.parametrize("overrides", [["a=1", "b='x y'"], ["c=x y"], ['d="a" b'], []])
-def test_joined_overrides_split_into_the_same(overrides: list[str]) -> None:
-    assert split_overrides(join_overrides(overrides)) == overrides
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["a=1", "b='x y'"],
+        ["c=x y"],
+        ['d="a" b'],
+        [],
+        ["x=[['a b'], \"c d\"]"],
+        ["+evaluate.gates={a: {min: 1}, b: {max: 2}}", "y=it\\'s"],
+    ],
+)
+def test_a_json_list_holds_any_overrides(overrides: list[str]) -> None:
+    assert split_overrides(json.dumps(overrides)) == overrides
+
+
+def test_nested_brackets_and_quotes_in_them_are_one_word() -> None:
+    for override in ("+evaluate.gates={a: {min: 1}, b: {max: 2}}", "x=[['a b'], \"c d\"]"):
+        assert split_overrides(f"a=1 {override} b=2") == ["a=1", override, "b=2"]
+
+
+def test_two_gates_can_be_added_in_one_string_of_overrides() -> None:
+    text = "+evaluate.gates={load_s: {max: 9}, peak_rss_mb: {max: 9}}"
+    gates = composed(*split_overrides(text)).evaluate.gates
+    assert gates["load_s"].max == gates["peak_rss_mb"].max == 9
 
 
 def test_a_quote_that_is_not_closed_is_refused() -> None:
@@ -64,13 +89,21 @@ def test_hydra_flags_pass_through() -> None:
         ("nonsense", "command line: "),
     ],
 )
-def test_a_wrong_configuration_ends_with_one_line_that_names_file_and_key(
-    project: Project, argument: str, words: str
+def test_a_wrong_configuration_is_one_line_that_names_file_and_key(
+    argument: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = project.step("fetch", argument)
+    monkeypatch.setattr("sys.argv", ["fetch", argument])
+    with pytest.raises((HydraException, OmegaConfBaseException)) as raised:
+        composed(argument)
+    line = explain(raised.value)
+    assert words in line and "\n" not in line
+
+
+def test_a_wrong_configuration_exits_with_2_and_one_line(project: Project) -> None:
+    process = project.step("fetch", "model=phi-9")
     assert process.returncode == 2
     [line] = process.stderr.strip().splitlines()
-    assert line.startswith("fetch: ") and words in line
+    assert line.startswith("fetch: conf/model/phi-9.yaml does not exist")
 
 
 def test_a_wrong_configuration_leaves_the_mlflow_run_failed_with_that_line(

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from steps.command import PARAMETERS
-from steps.config import CONF, ROOT
+from slm.config import CONF, ROOT, Baseline
 from tests.conftest import Project, composed
 
+ENTRY_POINTS = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 
 
@@ -38,26 +38,39 @@ def test_mlflow_takes_every_models_and_targets_name(project: Project) -> None:
         project.client.create_registered_model(name)
 
 
-def test_every_gate_of_a_model_replaces_one_of_the_evaluation() -> None:
-    config = composed()
+@pytest.mark.parametrize("file", sorted((CONF / "model").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_gate_of_a_model_replaces_one_of_the_evaluation(file: Path) -> None:
+    config = composed(f"model={file.stem}")
     assert set(config.model.gates) <= set(config.evaluate.gates)
 
 
-def test_mlproject_has_an_entry_point_for_every_step_with_the_declared_parameters() -> None:
-    entry_points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
-    assert set(entry_points) == set(PARAMETERS)
-    for name, entry_point in entry_points.items():
-        assert (ROOT / "steps" / f"{name}.py").is_file()
-        assert list(entry_point["parameters"]) == [*PARAMETERS[name], "overrides"]
+def test_mlproject_passes_every_parameter_that_it_declares() -> None:
+    for name, entry_point in ENTRY_POINTS.items():
+        assert {"model", "target", "overrides"} <= entry_point["parameters"].keys()
         flags = " ".join(
             f"--{parameter} {{{parameter}}}" for parameter in entry_point["parameters"]
         )
         assert entry_point["command"] == f"python -m steps.{name} {flags}"
 
 
-def test_mlproject_defaults_are_those_of_conf() -> None:
-    main = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]["main"]["parameters"]
-    assert (main["model"]["default"], main["target"]["default"]) == (
-        composed().model.name,
-        composed().target.name,
-    )
+def test_mlproject_has_no_defaults_of_its_own() -> None:
+    for entry_point in ENTRY_POINTS.values():
+        for parameter in entry_point["parameters"].values():
+            assert parameter in ("string", {"type": "string", "default": ""})
+
+
+def test_steps_holds_the_entry_points_and_nothing_else() -> None:
+    files = {path.stem for path in (ROOT / "steps").iterdir() if path.suffix == ".py"}
+    assert files - {"__init__"} == set(ENTRY_POINTS)
+
+
+def test_the_checkpoint_is_another_word_for_the_reference_in_a_gate() -> None:
+    config = composed("+evaluate.gates={load_s: {max: 1, of: checkpoint}}")
+    assert config.evaluate.gates["load_s"].of is Baseline.reference
+
+
+def test_candidates_are_a_list_however_they_are_written() -> None:
+    for text in ("a", "[a]", "'[\"a\"]'"):
+        assert composed(f"candidate={text}").candidate == ["a"]
+    for text in ("[a, b]", "a+b", '\'["a", "b"]\''):
+        assert composed(f"candidate={text}").candidate == ["a", "b"]

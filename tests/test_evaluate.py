@@ -2,6 +2,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,22 +14,34 @@ import numpy as np
 import onnx as onnx_format
 import pandas as pd
 import pytest
+import yaml
 
-from steps.config import Baseline, Evaluate, Gate, Interface
-from steps.evaluate import gates_of, logged_pair, reasons_of
-from steps.evaluation.data import read_prompts, read_texts
-from steps.evaluation.fidelity import Blocks, by_position, compare_with_reference, token_windows
-from steps.evaluation.measurements import measure, measure_champion
-from steps.evaluation.models import Answer
-from steps.evaluation.report import write_report
-from steps.evaluation.sanity import is_degenerate
-from steps.evaluation.speed import decode_rates
-from steps.evaluation.tasks import failures
-from steps.gates import explain, judge
-from steps.log_pyfunc import log_interface, runtime_requirements
-from steps.provenance import PROVENANCE, write_provenance
-from steps.registry import version_with_alias
-from tests.conftest import TINY, Project, composed, tracking
+from slm.config import Baseline, Evaluate, Gate
+from slm.errors import InputError
+from slm.evaluation.data import read_prompts, read_texts
+from slm.evaluation.fidelity import Blocks, by_position, compare_with_reference, token_windows
+from slm.evaluation.gates import gates_of, judge
+from slm.evaluation.measure import (
+    CONDITIONS,
+    MEASURED_IN,
+    Champion,
+    Measurement,
+    Measuring,
+    logged_metrics,
+    measure_champion,
+    run_worker,
+)
+from slm.evaluation.models import Answer
+from slm.evaluation.report import About, write_report
+from slm.evaluation.sanity import is_degenerate
+from slm.evaluation.speed import decode_rates
+from slm.evaluation.tasks import missed
+from slm.evaluation.worker import measure_candidate
+from slm.records import Evaluation, LoggedModel
+from slm.registry.names import version_with_alias
+from slm.running.command import split_overrides
+from steps.evaluate import logged_pair, reasons_of
+from tests.conftest import TINY, Generations, Packaged, composed, tracking
 from tests.registry_state import CHAT
 
 FIDELITY = {"perplexity", "perplexity_ratio", "kl_divergence", "kl_divergence_p99"}
@@ -39,26 +53,27 @@ ASKED = '{"inputs": {"messages": [{"role": "user", "content": "?"}]}, '
 SANITY = {"loads", "chat_template_match", "stop_token_honoured", "deterministic"}
 
 
-def test_both_logged_models_bear_their_metrics_linked_to_the_texts(packaged: Project) -> None:
-    for step, names in (
-        ("log_pyfunc", FIDELITY | SPEED | COST | SANITY | {"kl_divergence_ci95_low"}),
-        ("log_transformers", {"perplexity"} | SPEED | COST),
+def test_both_logged_models_bear_their_metrics_linked_to_the_texts(packaged: Packaged) -> None:
+    for models, names in (
+        (
+            packaged.candidates.models,
+            FIDELITY | SPEED | COST | SANITY | {"kl_divergence_ci95_low"},
+        ),
+        ([packaged.reference], {"perplexity"} | SPEED | COST),
     ):
-        made = packaged.made[step]
-        for model_id in (m["model_id"] for m in made.get("models", [made])):
-            model = packaged.client.get_logged_model(model_id)
+        for logged in models:
+            model = packaged.client.get_logged_model(logged.model_id)
             metrics = {metric.key: metric for metric in model.metrics or []}
             assert names | {"task_accuracy", "degenerate_share"} <= metrics.keys()
             assert all(metrics[name].value > 0 for name in names)
             assert {metrics[name].dataset_name for name in names} == {"texts.jsonl"}
 
 
-def test_int4_is_smaller_and_faster_and_close_to_its_checkpoint(packaged: Project) -> None:
-    evaluation = packaged.made["evaluate"]
-    candidate, reference = evaluation["candidate_metrics"], evaluation["reference_metrics"]
+def test_int4_is_smaller_and_close_to_its_checkpoint(packaged: Packaged) -> None:
+    evaluation = packaged.evaluation
+    candidate, reference = evaluation.candidate_metrics, evaluation.reference_metrics
     assert candidate["size_mb"] < reference["size_mb"] / 4
     assert candidate["peak_rss_mb"] < reference["peak_rss_mb"]
-    assert candidate["decode_tokens_per_s"] > reference["decode_tokens_per_s"]
     assert 1 < candidate["perplexity_ratio"] < 2
     assert candidate["kl_divergence"] < candidate["kl_divergence_p99"]
     for metric in FIDELITY:
@@ -66,8 +81,8 @@ def test_int4_is_smaller_and_faster_and_close_to_its_checkpoint(packaged: Projec
         assert low <= candidate[metric] <= high
 
 
-def test_the_report_is_one_self_contained_page_with_the_verdict_first(packaged: Project) -> None:
-    page = Path(packaged.made["evaluate"]["report"]).read_text()
+def test_the_report_is_one_self_contained_page_with_the_verdict_first(packaged: Packaged) -> None:
+    page = Path(packaged.evaluation.report).read_text()
     body = page[page.index("<body>") :]
     assert body.index("Passed") < body.index("Gates") < body.index("<svg") < body.index("Answers")
     assert "src=" not in page and 'href="http' not in page and "@import" not in page
@@ -75,23 +90,23 @@ def test_the_report_is_one_self_contained_page_with_the_verdict_first(packaged: 
     assert page.count("<svg") == 2
 
 
-def test_the_run_has_the_report_the_card_and_tables(packaged: Project) -> None:
+def test_the_run_has_the_report_the_card_and_tables(packaged: Packaged) -> None:
     run = packaged.runs("evaluate")[-1].info.run_id
     artifacts = [f for at in ("", "tables") for f in packaged.client.list_artifacts(run, at)]
     tables = {f"tables/{name}.json" for name in ("answers", "gates", "metrics")}
     assert {"report.html", "model_card.md", *tables} <= {artifact.path for artifact in artifacts}
-    card = packaged.made["evaluate"]["model_card"]
+    card = packaged.evaluation.model_card
     assert card.startswith("# smollm2-135m-instruct on cpu-int4") and len(card) <= 5000
 
 
-def test_mlflows_evaluation_page_has_every_prompt_with_both_answers(packaged: Project) -> None:
+def test_mlflows_evaluation_page_has_every_prompt_with_both_answers(packaged: Packaged) -> None:
     run = packaged.runs("evaluate")[-1].info.run_id
     experiments = [packaged.client.get_run(run).info.experiment_id]
     traces = packaged.client.search_traces(locations=experiments, run_id=run)
-    answers = packaged.made["evaluate"]["answers"]
+    answers = packaged.evaluation.answers
     shown = [json.loads(trace.data.response) for trace in traces]
     for answer in answers:
-        assert {side: answer[side] for side in ("candidate", "reference")} in shown
+        assert {"candidate": answer.candidate, "reference": answer.reference} in shown
     [paris] = [trace for trace in traces if "capital of France" in trace.data.request]
     assessments = {a.name: a.feedback.value for a in paris.info.assessments if a.feedback}
     assert assessments == {"candidate_correct": True, "reference_correct": True}
@@ -100,8 +115,8 @@ def test_mlflows_evaluation_page_has_every_prompt_with_both_answers(packaged: Pr
 def test_a_gate_holds_at_its_bound_and_fails_beyond_it_or_without_a_number() -> None:
     gates = {"a": Gate(max=1.0), "b": Gate(min=0.5), "c": Gate(min=0, max=2), "d": Gate(max=1)}
     results = judge(gates, {"a": 1.0, "b": 0.4, "c": math.nan}, {})
-    assert [result["passed"] for result in results] == [True, False, False, False]
-    assert [explain(result) for result in results[1:]] == [
+    assert [result.passed for result in results] == [True, False, False, False]
+    assert [result.words() for result in results[1:]] == [
         "b is 0.4, below 0.5 by 0.1",
         "c was not measured",
         "d was not measured",
@@ -110,21 +125,19 @@ def test_a_gate_holds_at_its_bound_and_fails_beyond_it_or_without_a_number() -> 
 
 def test_a_gate_may_be_a_factor_of_the_checkpoints_or_the_champions_metric() -> None:
     gates = {
-        "speed": Gate(min=2, of=Baseline.checkpoint),
+        "speed": Gate(min=2, of=Baseline.reference),
         "no slower": Gate(min=0.9, of=Baseline.champion, metric="speed"),
         "size": Gate(max=1, of=Baseline.champion),
     }
-    baselines = {Baseline.checkpoint: {"speed": 10.0}, Baseline.champion: {"speed": 40.0}}
+    baselines = {Baseline.reference: {"speed": 10.0}, Baseline.champion: {"speed": 40.0}}
     results = judge(gates, {"speed": 30.0, "size": 5.0}, baselines)
-    assert [result["passed"] for result in results] == [True, False, False]
-    assert explain(results[1]) == "speed is 30, below 36 (0.9 of the champion's) by 6"
-    assert explain(results[2]) == "size was not measured of the champion"
+    assert [result.passed for result in results] == [True, False, False]
+    assert results[1].words() == "speed is 30, below 36 (0.9 of the champion's) by 6"
+    assert results[2].words() == "size was not measured of the champion"
     no_champion = {**baselines, Baseline.champion: None}
-    assert all(
-        result["passed"] for result in judge(gates, {"speed": 30.0, "size": 5.0}, no_champion)
-    )
+    assert all(result.passed for result in judge(gates, {"speed": 30.0, "size": 5.0}, no_champion))
     [_, _, size] = judge(gates, {"speed": 30.0}, no_champion)
-    assert not size["passed"] and explain(size) == "size was not measured"
+    assert not size.passed and size.words() == "size was not measured"
 
 
 @pytest.mark.parametrize("bounds", [{}, {"min": 2, "max": 1}, {"max": math.nan}])
@@ -135,7 +148,10 @@ def test_a_gate_without_bounds_that_can_be_kept_is_refused(bounds: dict[str, Any
 
 def test_a_gate_of_an_unknown_metric_is_refused_before_anything_is_measured() -> None:
     config = composed("+evaluate.gates={perplexty: {max: 2}}")
-    with pytest.raises(ValueError, match="the gate perplexty bounds perplexty, which is no metric"):
+    with pytest.raises(
+        ValueError,
+        match="the gate perplexty bounds perplexty: perplexty is no metric; valid: loads",
+    ):
         gates_of(config)
 
 
@@ -158,11 +174,9 @@ def test_decoding_is_timed_only_where_it_took_time() -> None:
     ],
 )
 def test_a_candidate_is_held_against_its_own_checkpoint_and_gates(
-    packaged: Project, overrides: list[str], words: str
+    packaged: Packaged, overrides: list[str], words: str
 ) -> None:
-    candidate = packaged.made["log_pyfunc"]["models"][0]["model_id"]
-    reference = packaged.made["log_transformers"]["model_id"]
-    uris = {"CANDIDATE": f"models:/{candidate}", "REFERENCE": f"models:/{reference}"}
+    uris = {"CANDIDATE": packaged.candidates.uri, "REFERENCE": packaged.reference.uri}
     arguments = [f"candidate={uris['CANDIDATE']}", f"reference={uris['REFERENCE']}", *overrides]
     for name, uri in uris.items():
         arguments = [argument.replace(name, uri) for argument in arguments]
@@ -245,7 +259,7 @@ def test_an_answer_is_degenerate_where_it_is_empty_or_loops(
 def test_an_answer_meets_all_its_expectations_or_fails(
     answer: str, expectations: dict[str, Any], met: bool
 ) -> None:
-    assert (not failures(answer, expectations)) is met
+    assert (not missed(answer, expectations)) is met
 
 
 @pytest.mark.parametrize(
@@ -294,12 +308,9 @@ def test_a_text_column_that_is_not_there_is_named_with_those_that_are(tmp_path: 
         read_texts(settings(texts=str(tmp_path / "texts.jsonl")))
 
 
-def test_a_harness_task_without_the_harness_says_what_to_install(packaged: Project) -> None:
-    uris = [packaged.made[step]["uri"] for step in ("log_pyfunc", "log_transformers")]
-    arguments = [f"candidate={uris[0]}", f"reference={uris[1]}"]
-    process = packaged.step("evaluate", "evaluate.harness.tasks=[arc_easy]", *arguments)
-    assert process.returncode == 1
-    assert "pip install -r requirements-harness.txt" in process.stderr.splitlines()[-1]
+def test_a_harness_task_without_the_harness_says_what_to_install(packaged: Packaged) -> None:
+    with pytest.raises(InputError, match="pip install -r requirements-harness.txt"):
+        packaged.call("evaluate", "evaluate.harness.tasks=[arc_easy]", *packaged.pair)
 
 
 def double_scales(onnx: Path) -> None:
@@ -335,7 +346,6 @@ def forget_end_token(onnx: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "gate", "words"),
     [
-        (None, None, None),
         (double_scales, "perplexity_ratio", "above 1.6 by "),
         (truncate_weights, "loads", "loads is 0, below 1 by 1: "),
         (swap_roles, "chat_template_match", "the chat template renders '[INST]"),
@@ -343,109 +353,157 @@ def forget_end_token(onnx: Path) -> None:
     ],
 )
 def test_a_damaged_export_fails_the_gate_that_it_should(
-    packaged: Project,
-    checkpoint: Path,
-    onnx: Path,
+    packaged: Packaged,
+    measuring: Measuring,
+    measured_checkpoint: Measurement,
+    chat_folder: Path,
     tmp_path: Path,
-    damage: Callable[[Path], None] | None,
+    damage: Callable[[Path], None],
     gate: str,
     words: str,
 ) -> None:
-    damaged = tmp_path / "onnx"
-    shutil.copytree(onnx, damaged)
-    if damage:
-        damage(damaged)
-    facts = json.loads((damaged / PROVENANCE).read_text())
-    facts.pop("files")
-    (damaged / PROVENANCE).unlink()
-    provenance = write_provenance(damaged, **facts)
+    damaged = copy_without_digests(chat_folder, tmp_path / "model")
+    damage(next(damaged.glob("artifacts/*")))
+    found = measure_candidate(str(damaged), measuring.request, Path(measured_checkpoint.uri))
     config = composed()
-    requirements = runtime_requirements(config.target.runtime_package)
-    with tracking(packaged), mlflow.start_run(experiment_id="1"):
-        logged = log_interface(Interface.chat, damaged, provenance, requirements, config)
-        uri = f"models:/{logged['model_id']}"
-        found = measure(uri, checkpoint.parent / tmp_path.name, checkpoint)
     gates = {**config.evaluate.gates, **config.model.gates}
     # What evaluate adds, and what so few tokens do not tell.
     for elsewhere in ("task_accuracy", "size_mb", "decode_tokens_per_s", "scored_tokens"):
         gates.pop(elsewhere)
-    results = judge(gates, found.metrics, {})
-    reasons = reasons_of(results, found)
-    if damage is None:
-        assert not reasons
-    else:
-        assert gate in [result["name"] for result in results if not result["passed"]]
-        assert any(reason.startswith(f"{gate} is ") and words in reason for reason in reasons)
+    judged = judge(gates, found.metrics, {})
+    reasons = reasons_of(judged, found)
+    assert gate in [result.name for result in judged if not result.passed]
+    assert any(reason.startswith(f"{gate} is ") and words in reason for reason in reasons)
 
 
-def test_the_champions_metrics_are_read_from_its_version_or_measured_again(
-    registry: Project, checkpoint: Path
+def copy_without_digests(logged: Path, folder: Path) -> Path:
+    """A logged model whose files may be changed: it does not check them at load."""
+    shutil.copytree(logged, folder)
+    path = folder / "MLmodel"
+    model = yaml.safe_load(path.read_text())
+    model["flavors"]["python_function"]["config"]["sha256"] = {}
+    path.write_text(yaml.safe_dump(model))
+    return folder
+
+
+def test_a_candidate_whose_process_crashes_does_not_load(
+    packaged: Packaged, measuring: Measuring, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    run = subprocess.run
+    monkeypatch.setattr(
+        "slm.evaluation.measure.subprocess.run",
+        lambda *_, **__: run([sys.executable, "-c", crash]),
+    )
+    model = packaged.candidates.models[0]
+    found = run_worker(model, measuring.request, tmp_path).found
+    assert found.metrics["loads"] == 0
+    assert found.failures == {"loads": "its process died of SIGSEGV"}
+
+
+def test_the_checkpoint_is_measured_once_for_all_its_targets(
+    packaged: Packaged, measuring: Measuring, measured_checkpoint: Measurement
+) -> None:
+    """The next to ask for it, whatever for, finds what was measured."""
+    with tracking(packaged):
+        again = measuring.measure(packaged.reference)
+    assert again == measured_checkpoint
+    folders = Path(measuring.work, "measure").glob("*/result.json")
+    assert Path(measured_checkpoint.uri) / "result.json" in list(folders)
+
+
+def test_metrics_are_read_where_they_were_logged_if_the_conditions_are_the_same(
+    packaged: Packaged,
+) -> None:
+    model = packaged.candidates.models[0]
+    with tracking(packaged):
+        recorded = logged_metrics(model, packaged.evaluation.conditions)
+        assert recorded == pytest.approx(packaged.evaluation.candidate_metrics)
+        assert not logged_metrics(model, "another machine")
+
+
+def test_the_champions_metrics_are_those_that_were_logged_or_measured_again(
+    registry: Generations,
+    packaged: Packaged,
+    measuring: Measuring,
+    measured_checkpoint: Measurement,
 ) -> None:
     with tracking(registry):
-        champion = version_with_alias(registry.client, CHAT, "champion")
-        assert champion is not None
+        version = version_with_alias(registry.client, CHAT, "champion")
+        assert version is not None
+        model = LoggedModel.load(f"models:/{CHAT}/{version.version}")
+        champion = Champion(f"models:/{CHAT}/1", model, registry.first.reference)
+        other = replace(measuring, conditions="one machine")
+        with mlflow.start_run() as run:
+            mlflow.log_metrics({"perplexity": 5.0}, model_id=model.model_id)
+        tags = {CONDITIONS: "one machine", MEASURED_IN: run.info.run_id}
+        registry.client.set_logged_model_tags(model.model_id, tags)
 
-        def metrics(conditions: str) -> dict[str, float]:
-            settings = composed().evaluate
-            scratch = checkpoint.parent
-            return measure_champion(champion, reference, settings, conditions, scratch).metrics
+        def metrics(how: Measuring, again: bool = False) -> dict[str, float]:
+            reference = packaged.reference
+            return measure_champion(champion, reference, measured_checkpoint, how, again).metrics
 
-        reference = registry.made["1"]["reference"]
-        recorded = json.loads(champion.tags["metrics"])
-        assert metrics(champion.tags["conditions"]) == recorded
-        measured = metrics("another machine")
-    assert measured["kl_divergence"] != recorded["kl_divergence"]  # other texts
+        assert metrics(other) == {"perplexity": 5.0}
+        measured = metrics(measuring)
+        assert measured["kl_divergence"] > 0.1
+        assert metrics(other, again=True)["kl_divergence"] == measured["kl_divergence"]
 
 
 def test_the_report_shows_how_the_candidate_stands_to_the_champion(
-    packaged: Project, tmp_path: Path
+    packaged: Packaged, tmp_path: Path
 ) -> None:
-    evaluation = packaged.made["evaluate"]
-    twice_as_fast = {**evaluation["candidate_metrics"]}
+    evaluation = packaged.evaluation
+    twice_as_fast = {**evaluation.candidate_metrics}
     twice_as_fast["decode_tokens_per_s"] *= 2
-    evaluation = evaluation | {"champion": "models:/some/7", "champion_metrics": twice_as_fast}
-    about = {"series": {"candidate": {}, "reference": {}}, "machine": "", "versions": {}}
-    report, card = write_report(evaluation, {**about, "digests": {}}, composed(), tmp_path)
+    evaluation = replace(evaluation, champion="models:/some/7", champion_metrics=twice_as_fast)
+    about = About({"candidate": {}, "reference": {}}, "", {}, {})
+    report, card = write_report(evaluation, about, composed(), tmp_path)
     assert "models:/some/7" in report.read_text() and "2.0× worse" in report.read_text()
     assert "| champion |" in card
 
 
-def test_a_failed_verdict_names_its_gate_and_is_not_registered(packaged: Project) -> None:
+def test_a_failed_verdict_names_its_gate_and_is_not_registered(
+    packaged: Packaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other gates need no new measurement: nothing is measured here."""
     versions = len(packaged.client.search_model_versions())
-    uris = [packaged.made[step]["uri"] for step in ("log_pyfunc", "log_transformers")]
-    strict = [*TINY.split(), "model.gates.perplexity_ratio.max=1.0001"]
-    process = packaged.step("evaluate", *strict, f"candidate={uris[0]}", f"reference={uris[1]}")
-    assert process.returncode == 0, process.stderr
-    evaluation = packaged.outcome("evaluate")
-    assert evaluation["verdict"] == "failed"
-    assert evaluation["reasons"][0].startswith("perplexity_ratio is 1.")
-    assert "above 1 by" in evaluation["reasons"][0]
-    process = packaged.step("register", f"source={evaluation['uri']}")
+    monkeypatch.setattr("slm.evaluation.measure.run_worker", not_again)
+    strict = [*split_overrides(TINY), "model.gates.perplexity_ratio.max=1.0001"]
+    evaluation: Evaluation = packaged.call("evaluate", *strict, *packaged.pair)
+    assert evaluation.verdict == "failed"
+    assert evaluation.reasons[0].startswith("perplexity_ratio is 1.")
+    assert "above 1 by" in evaluation.reasons[0]
+    process = packaged.step("register", f"source={evaluation.uri}")
     assert process.returncode == 1
     assert "register: not registered, the evaluation failed: perplexity_ratio is" in process.stderr
     assert len(packaged.client.search_model_versions()) == versions
 
 
-def test_without_its_provider_a_target_is_registered_but_never_champion(packaged: Project) -> None:
-    own = [*TINY.split(), "target=cuda-int4-rtn-block-32", "log_pyfunc.interfaces=[prompt]"]
+def not_again(*_: object, **__: object) -> Measurement:
+    raise AssertionError("it was measured again")
 
-    def run(step: str, *arguments: str) -> dict:
-        process = packaged.step(step, *own, *arguments)
-        assert process.returncode == 0, process.stderr[-2000:]
-        return packaged.outcome(step)
 
-    onnx = run("export_onnx", f"source={packaged.outcome('fetch')['uri']}")
-    candidate = run("log_pyfunc", f"source={onnx['uri']}")
-    reference = packaged.made["log_transformers"]
-    evaluation = run("evaluate", f"candidate={candidate['uri']}", f"reference={reference['uri']}")
-    assert evaluation["verdict"] == "not_evaluated"
-    version, checkpoint = run("register", f"source={evaluation['uri']}")["versions"]
-    assert (checkpoint["version"], checkpoint["alias"]) == ("1", "")
-    assert version["name"] == "smollm2-135m-instruct-cuda-int4-rtn-block-32-prompt"
-    tags = packaged.client.get_model_version(version["name"], version["version"]).tags
+def test_without_its_provider_a_target_is_registered_but_never_champion(
+    packaged: Packaged, tiny: Path
+) -> None:
+    own = [*split_overrides(TINY), "target=cuda-int4-rtn-block-32", "model.name=tiny"]
+    own += ["log_pyfunc.interfaces=[prompt]", f"model.source={tiny}"]
+    checkpoint = packaged.call("fetch", *own)
+    onnx = packaged.call("export_onnx", *own, f"source={checkpoint.uri}")
+    candidate = packaged.call("log_pyfunc", *own, f"source={onnx.uri}")
+    reference = packaged.call("log_transformers", *own, f"source={checkpoint.uri}")
+    pair = [f"candidate={candidate.uri}", f"reference={reference.uri}"]
+    evaluation = packaged.call("evaluate", *own, *pair)
+    assert evaluation.verdict == "not_evaluated"
+    registration = packaged.call("register", *own, f"source={evaluation.uri}")
+    assert not registration.promoted
+    version, checkpoint_version = registration.versions
+    assert (checkpoint_version.version, checkpoint_version.alias) == ("1", "")
+    assert version.name == "tiny-cuda-int4-rtn-block-32-prompt"
+    tags = packaged.client.get_model_version(version.name, version.version).tags
     assert tags["verdict"] == "not_evaluated"
     assert "cannot run the candidate: cuda: " in tags["verdict_reasons"]
-    assert not packaged.client.get_registered_model(version["name"]).aliases
+    assert not packaged.client.get_registered_model(version.name).aliases
 
 
 class Fixed:

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from steps.config import Model
-from steps.fetch import Checkpoint, fetch, resolve
-from steps.provenance import digest_file
-from tests.conftest import Project, composed
+from slm.config import Model
+from slm.digests import digest_file
+from slm.errors import InputError
+from slm.records import Checkpoint
+from slm.sources.resolve import resolve
+from steps.fetch import fetch
+from tests.conftest import Packaged, composed
 
 
 def fetched(source: Path | str, tmp_path: Path, **changes: object) -> Checkpoint:
@@ -18,24 +21,17 @@ def fetched(source: Path | str, tmp_path: Path, **changes: object) -> Checkpoint
 
 
 @pytest.fixture
-def checkpoint(smollm2: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to be damaged; its weights are a link, to be replaced only."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for path in smollm2.iterdir():
-        if path.suffix == ".safetensors":
-            (folder / path.name).hardlink_to(path)
-        elif path.name != "provenance.json":
-            shutil.copy(path, folder / path.name)
-    return folder
+def checkpoint(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of a small checkpoint, to be damaged."""
+    return shutil.copytree(tiny, tmp_path / "checkpoint")
 
 
-def test_a_gguf_in_a_package_becomes_a_checkpoint_with_its_digests(packaged: Project) -> None:
-    outcome = packaged.made["fetch"]
-    folder = Path(outcome["uri"])
-    assert set(outcome["files"]) >= {"model.safetensors", "config.json", "tokenizer.json"}
-    assert all(digest_file(folder / name) == digest for name, digest in outcome["files"].items())
-    assert (outcome["licence"], outcome["revision"]) == ("apache-2.0", "0.1.2")
+def test_a_gguf_in_a_package_becomes_a_checkpoint_with_its_digests(packaged: Packaged) -> None:
+    outcome = packaged.fetched
+    folder = Path(outcome.uri)
+    assert set(outcome.files) >= {"model.safetensors", "config.json", "tokenizer.json"}
+    assert all(digest_file(folder / name) == digest for name, digest in outcome.files.items())
+    assert (outcome.licence, outcome.revision) == ("apache-2.0", "0.1.2")
 
 
 def test_the_tokenizer_of_a_gguf_has_its_special_tokens(smollm2: Path) -> None:
@@ -65,7 +61,7 @@ def test_a_local_folder_is_taken_over_without_code_and_pickles(
 def test_pickle_weights_are_refused_with_the_reason(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
     with pytest.raises(
-        ValueError, match=r"pytorch_model\.bin, refused: loading a pickle runs code"
+        InputError, match=r"pytorch_model\.bin, refused: loading a pickle runs code"
     ):
         fetched(checkpoint, tmp_path)
 
@@ -74,64 +70,139 @@ def test_truncated_safetensors_are_refused(checkpoint: Path, tmp_path: Path) -> 
     weights = (checkpoint / "model.safetensors").read_bytes()[:1_000_000]
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / "model.safetensors").write_bytes(weights)
-    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or damaged"):
+    with pytest.raises(InputError, match=r"model\.safetensors is truncated or damaged"):
         fetched(checkpoint, tmp_path)
 
 
 def test_a_missing_shard_is_named(checkpoint: Path, tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match=r"lacks model-00002-of-00002\.safetensors"):
+    with pytest.raises(InputError, match=r"lacks model-00002-of-00002\.safetensors"):
         fetched(checkpoint, tmp_path)
 
 
 def test_another_digest_than_expected_stops_the_run(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"config\.json: SHA-256 is .*; expected 00"):
+    with pytest.raises(InputError, match=r"config\.json: SHA-256 is .*; expected 00"):
         fetched(checkpoint, tmp_path, sha256={"config.json": "00"})
 
 
 def test_a_digest_for_a_file_that_does_not_come_is_refused(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"names model\.safetensorz, which .* does not bring"):
+    with pytest.raises(InputError, match=r"names model\.safetensorz, which .* does not bring"):
         fetched(checkpoint, tmp_path, sha256={"model.safetensorz": "00"})
 
 
 def test_a_tokenizer_without_chat_template_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(InputError, match="no chat template"):
         fetched(checkpoint, tmp_path)
 
 
 def test_an_unknown_architecture_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     config = (checkpoint / "config.json").read_text()
     (checkpoint / "config.json").write_text(config.replace("LlamaFor", "NoSuchFor"))
-    with pytest.raises(ValueError, match="NoSuchForCausalLM is not among"):
+    with pytest.raises(InputError, match="NoSuchForCausalLM is not among"):
         fetched(checkpoint, tmp_path)
 
 
 def test_another_architecture_than_expected_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is LlamaForCausalLM; model\.architecture expects Phi3"):
+    with pytest.raises(InputError, match=r"is LlamaForCausalLM; model\.architecture expects Phi3"):
         fetched(checkpoint, tmp_path, architecture="Phi3ForCausalLM")
 
 
 def test_a_gguf_file_with_a_wrong_magic_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGML and more")
-    with pytest.raises(ValueError, match="not a GGUF file: it begins with b'GGML'"):
+    with pytest.raises(InputError, match="not a GGUF file: it begins with b'GGML'"):
         fetched(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("source", ["ftp://x/y", "pypi://unpinned/model.gguf"])
 def test_an_unknown_kind_of_source_names_the_valid_ones(source: str) -> None:
-    with pytest.raises(ValueError, match="valid: hf://org/name@revision, pypi://"):
+    with pytest.raises(InputError, match="valid: hf://org/name@revision, pypi://"):
         resolve(Model(name="m", source=source, licence="mit"))
 
 
 def test_a_missing_folder_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match="/no/such: no such folder"):
+    with pytest.raises(InputError, match="/no/such: no such folder"):
         resolve(Model(name="m", source="/no/such", licence="mit"))
 
 
 def test_a_pinned_commit_needs_no_hub_to_resolve() -> None:
     source = resolve(composed("model=phi-3-mini-4k-instruct").model)
     assert source.revision == "0a67737cc96d2554230f90338b163bc6380a2a85"
+
+
+def test_the_same_files_in_another_folder_are_the_same_revision(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "elsewhere")
+    (other / "training.log").write_text("not taken")
+    sources = [resolve(Model(name="m", source=str(f), licence="mit")) for f in (checkpoint, other)]
+    assert sources[0].identity == sources[1].identity
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    changed = resolve(Model(name="m", source=str(other), licence="mit"))
+    assert changed.identity != sources[0].identity
+
+
+def test_several_gguf_files_are_named_with_how_to_choose_one(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    words = rf"holds 2 GGUF files: a\.gguf, b\.gguf\. .*model\.source={tmp_path}/a\.gguf"
+    with pytest.raises(InputError, match=words):
+        resolve(Model(name="m", source=str(tmp_path), licence="mit"))
+    with pytest.raises(InputError, match="b.gguf is truncated or damaged"):
+        fetched(tmp_path / "b.gguf", tmp_path)
+
+
+@pytest.fixture
+def small_gguf(tmp_path: Path) -> Path:
+    """A GGUF file that says little and has no chat template."""
+    from gguf import GGUFWriter
+
+    path = tmp_path / "gguf" / "model.gguf"
+    path.parent.mkdir()
+    writer = GGUFWriter(path, "llama")
+    writer.add_license("apache-2.0")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_without_a_chat_template_is_refused_before_it_is_read(
+    small_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slm.sources.gguf.load", lambda _: pytest.fail("it was dequantized"))
+    with pytest.raises(InputError, match="Put one beside the weights, as chat_template.jinja"):
+        fetched(small_gguf.parent, tmp_path)
+
+
+def test_a_chat_template_beside_a_gguf_is_that_of_the_checkpoint(
+    small_gguf: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    read = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    monkeypatch.setattr("slm.sources.gguf.load", lambda _: read)
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (small_gguf.parent / "chat_template.jinja").write_text(template)
+    folder = Path(fetched(small_gguf, tmp_path).uri)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == template
+
+
+def test_another_source_does_not_have_the_digests_of_the_configured_one(
+    packaged: Packaged, tiny: Path
+) -> None:
+    """The README's advice: overrides=model.source=…, with the default model."""
+    fetched = packaged.call("fetch", f"model.source={tiny}", "model.name=elsewhere")
+    assert fetched.source == str(tiny)
+    with pytest.raises(InputError, match=r"config\.json: SHA-256 is .*; expected 00"):
+        packaged.call("fetch", f"model.source={tiny}", "+model.sha256={config.json: '00'}")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="transformers cannot read its configuration or tokeniz"):
+        fetched(checkpoint, tmp_path)

@@ -96,9 +96,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(smollm2: Path) -> Iterator[Hub]:
+def hub(tiny: Path) -> Iterator[Hub]:
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    files = {name: (smollm2 / name).read_bytes() for name in (*names, "model.safetensors")}
+    files = {name: (tiny / name).read_bytes() for name in (*names, "model.safetensors")}
     extra = {"pytorch_model.bin": b"pickle", "modeling_evil.py": b"evil", "README.md": b"readme"}
     server = Hub(files | extra)
     thread = threading.Thread(target=server.serve_forever)
@@ -109,11 +109,22 @@ def hub(smollm2: Path) -> Iterator[Hub]:
     server.server_close()
 
 
-def fetch(project: Project, hub: Hub, **environment: str) -> subprocess.CompletedProcess[str]:
+def outcome_of(project: Project, name: str = "tiny") -> dict[str, Any]:
+    """What a fetch left in the work folder."""
+    results = (project.folder / "work" / "fetch").glob("*/result.json")
+    outcomes = [json.loads(path.read_text())["outcome"] for path in results]
+    provenances = [Path(outcome["uri"], "provenance.json") for outcome in outcomes]
+    names = [json.loads(path.read_text())["model"] for path in provenances]
+    return outcomes[names.index(name)]
+
+
+def fetch(
+    project: Project, hub: Hub, *overrides: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     arguments = ["model=phi-3-mini-4k-instruct", "model.source=hf://acme/tiny@main"]
     arguments += ["model.name=tiny", "model.licence=apache-2.0"]
     arguments += ["model.architecture=null", "model.context_length=null"]
-    command = [sys.executable, "-m", "steps.fetch", *arguments]
+    command = [sys.executable, "-m", "steps.fetch", *arguments, *overrides]
     return project.run(command, **at_hub(project, hub), **environment)
 
 
@@ -128,7 +139,7 @@ def test_a_branch_is_pinned_to_its_commit_and_only_the_needed_files_come(
 ) -> None:
     process = fetch(project, hub, HF_TOKEN="hf_secretsecretsecret")
     assert process.returncode == 0, process.stderr
-    outcome = project.outcome("fetch")
+    outcome = outcome_of(project)
     assert outcome["revision"] == COMMIT
     wanted = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert set(outcome["files"]) == wanted | {"model.safetensors"}
@@ -139,16 +150,16 @@ def test_the_token_is_sent_but_never_logged(project: Project, hub: Hub) -> None:
     process = fetch(project, hub, HF_TOKEN="hf_secretsecretsecret")
     assert "Bearer hf_secretsecretsecret" in hub.tokens
     [run] = project.runs("fetch")
-    logged = json.dumps([run.data.params, run.data.tags, project.outcome("fetch")])
+    logged = json.dumps([run.data.params, run.data.tags, outcome_of(project)])
     assert "hf_secret" not in logged + process.stdout + process.stderr
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_was(project: Project, hub: Hub) -> None:
-    hub.cut_off_at = [100_000_000]
+    hub.cut_off_at = [10_000_000]
     process = fetch(project, hub)
     assert process.returncode == 0, process.stderr
     ranges = [r for _, path, r in hub.requests if path.endswith(".safetensors") and r]
-    assert len(ranges) == 1 and 0 < int(ranges[0][6:-1]) <= 100_000_000
+    assert len(ranges) == 1 and 0 < int(ranges[0][6:-1]) <= 10_000_000
 
 
 def test_files_that_came_before_a_failure_are_not_fetched_again(project: Project, hub: Hub) -> None:
@@ -164,7 +175,9 @@ def test_files_that_came_before_a_failure_are_not_fetched_again(project: Project
     assert again == ["model.safetensors"]
 
 
-def test_a_file_that_differs_from_the_hubs_digest_is_refused(project: Project, hub: Hub) -> None:
+def test_a_file_that_differs_from_the_hubs_digest_is_refused(
+    project: Project, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model_info = Handler.model_info
 
     def wrong(self: Handler) -> dict[str, Any]:
@@ -174,11 +187,8 @@ def test_a_file_that_differs_from_the_hubs_digest_is_refused(project: Project, h
                 sibling["lfs"]["sha256"] = "0" * 64
         return info
 
-    Handler.model_info = wrong  # type: ignore[method-assign]
-    try:
-        process = fetch(project, hub)
-    finally:
-        Handler.model_info = model_info  # type: ignore[method-assign]
+    monkeypatch.setattr(Handler, "model_info", wrong)
+    process = fetch(project, hub)
     assert process.returncode == 1
     assert (
         f"SHA-256 is {hashlib.sha256(hub.files['model.safetensors']).hexdigest()}" in process.stderr
@@ -193,10 +203,37 @@ def test_no_network_to_the_hub_is_one_clear_line(project: Project, hub: Hub) -> 
     assert "the model hub cannot be reached for hf://acme/tiny" in line
 
 
+def test_a_pinned_commit_that_is_in_the_cache_needs_no_hub(project: Project, hub: Hub) -> None:
+    assert fetch(project, hub).returncode == 0
+    hub.requests = []
+    pinned = f"model.source=hf://acme/tiny@{COMMIT}"
+    process = fetch(project, hub, pinned, "model.name=again", HF_HUB_OFFLINE="1")
+    assert process.returncode == 0, process.stderr
+    assert "taken from the cache" in process.stderr and not hub.requests
+    assert outcome_of(project, "again")["revision"] == COMMIT
+
+
+def test_without_the_hub_a_commit_that_is_not_in_the_cache_is_one_clear_line(
+    project: Project, hub: Hub
+) -> None:
+    process = fetch(project, hub, f"model.source=hf://acme/tiny@{COMMIT}", HF_HUB_OFFLINE="1")
+    assert process.returncode == 1
+    line = process.stderr.splitlines()[-1]
+    assert line.startswith("fetch: the model hub cannot be reached for hf://acme/tiny")
+
+
+def test_a_checkpoint_that_is_not_as_expected_costs_no_download_of_weights(
+    project: Project, hub: Hub
+) -> None:
+    process = fetch(project, hub, "model.architecture=Phi3ForCausalLM")
+    assert "architecture is LlamaForCausalLM; model.architecture expects Phi3" in process.stderr
+    assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
+
+
 def test_texts_come_from_a_dataset_at_the_hub(project: Project, hub: Hub) -> None:
     hub.files["test.jsonl"] = b'{"body": "One text."}\n{"body": "Another."}\n'
     read = """
-from steps.evaluation.data import read_texts
+from slm.evaluation.data import read_texts
 from tests.conftest import composed
 texts = "'hf://datasets/acme/texts@v1/data/test.jsonl'"
 config = composed(f"evaluate.texts={texts}", "evaluate.text_column=body")

@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 
+from slm.environments import environment_of
+from slm.errors import StepError
 from steps.log_pyfunc import prove_environment, runtime_requirements
-from tests.conftest import MODEL, TARGET, Project, tracking
+from tests.conftest import MODEL, TARGET, Packaged, tracking
 
 FRANCE = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 SKY = "<|im_start|>user\nWhat colour is the sky?<|im_end|>\n<|im_start|>assistant\n"
@@ -20,19 +22,19 @@ USER = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
-def prompt(packaged: Project) -> Iterator[Any]:
+def prompt(packaged: Packaged) -> Iterator[Any]:
     with tracking(packaged):
         yield mlflow.pyfunc.load_model(f"models:/{MODEL}-{TARGET}-prompt@champion")
 
 
 @pytest.fixture(scope="module")
-def chat(packaged: Project) -> Iterator[Any]:
+def chat(packaged: Packaged) -> Iterator[Any]:
     with tracking(packaged):
         yield mlflow.pyfunc.load_model(f"models:/{MODEL}-{TARGET}-chat@champion")
 
 
 @pytest.fixture(scope="module")
-def transformers(packaged: Project) -> Iterator[Any]:
+def transformers(packaged: Packaged) -> Iterator[Any]:
     with tracking(packaged):
         yield mlflow.pyfunc.load_model(f"models:/{MODEL}-transformers@champion")
 
@@ -115,7 +117,7 @@ def test_defaults_can_be_changed_at_load(prompt_folder: Path) -> None:
     model = mlflow.pyfunc.load_model(str(prompt_folder), model_config=settings)
     runtime = model.unwrap_python_model().runtime
     assert len(runtime.tokenizer.encode(model.predict({"prompt": FRANCE})[0])) <= 3
-    assert runtime.threads == 1
+    assert runtime.settings.threads == 1
     with pytest.raises(MlflowException, match="the context length is 64"):
         ask(model, FRANCE, max_tokens=64)
     assert "," not in ask(model, "One, two, three,")[0]
@@ -144,7 +146,7 @@ def test_a_changed_file_is_an_error_at_load(prompt_folder: Path) -> None:
         mlflow.pyfunc.load_model(str(prompt_folder), model_config={"sha256": digests})
 
 
-def test_the_logged_models_need_no_torch_and_carry_their_provenance(packaged: Project) -> None:
+def test_the_logged_models_need_no_torch_and_carry_their_provenance(packaged: Packaged) -> None:
     for interface in ("prompt", "chat"):
         uri = f"models:/{MODEL}-{TARGET}-{interface}@champion"
         with tracking(packaged):
@@ -165,15 +167,20 @@ def test_the_logged_models_hold_no_pickle(prompt_folder: Path, chat_folder: Path
 
 
 def test_the_models_answer_in_an_environment_of_their_requirements_alone(
-    prompt_folder: Path, chat_folder: Path
+    prompt_folder: Path, chat_folder: Path, tmp_path: Path
 ) -> None:
     folders = [str(prompt_folder), str(chat_folder)]
-    prove_environment(runtime_requirements("onnxruntime-genai"), folders)
+    requirements = runtime_requirements("onnxruntime-genai")
+    prove_environment(requirements, folders, str(tmp_path))
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("environments/*/ready")}
+    environment_of(requirements, tmp_path / "environments")  # it is kept, and found again
+    assert made == {path: path.stat().st_mtime_ns for path in tmp_path.glob("environments/*/ready")}
 
 
-def test_an_environment_that_cannot_be_made_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="cannot be installed.*no-such-runtime"):
-        prove_environment(["no-such-runtime==0.18.0"], [])
+def test_an_environment_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StepError, match="cannot be installed.*no-such-runtime"):
+        prove_environment(["no-such-runtime==0.18.0"], [], str(tmp_path))
+    assert not list(tmp_path.glob("environments/*/ready"))
 
 
 def test_the_chat_model_answers_with_openais_schema(chat: Any) -> None:

@@ -1,4 +1,3 @@
-import json
 import shutil
 import signal
 import subprocess
@@ -6,13 +5,18 @@ import sys
 import time
 from pathlib import Path
 
-from steps.config import ROOT
-from tests.conftest import MODEL, TARGET, TINY, Project, tracking
+import pytest
+
+from slm.config import ROOT
+from slm.digests import write_provenance
+from slm.errors import InputError
+from slm.running.command import split_overrides
+from tests.conftest import MODEL, TARGET, TINY, Packaged, Project, tracking
 
 STEPS = ["fetch", "export_onnx", "log_pyfunc", "log_transformers", "evaluate", "register"]
 
 
-def test_every_step_is_a_finished_child_of_the_parent_run(packaged: Project) -> None:
+def test_every_step_is_a_finished_child_of_the_parent_run(packaged: Packaged) -> None:
     parent = packaged.client.search_runs(["1"], "tags.mlflow.project.entryPoint = 'main'")[-1]
     children = packaged.client.search_runs(
         ["1"], f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
@@ -22,7 +26,7 @@ def test_every_step_is_a_finished_child_of_the_parent_run(packaged: Project) -> 
     assert all("duration_s" in run.data.metrics for run in children)
 
 
-def test_all_versions_are_champions_with_their_provenance_as_tags(packaged: Project) -> None:
+def test_all_versions_are_champions_with_their_provenance_as_tags(packaged: Packaged) -> None:
     names = [f"{MODEL}-{kind}" for kind in (f"{TARGET}-prompt", f"{TARGET}-chat", "transformers")]
     for name in names:
         version = packaged.client.get_model_version_by_alias(name, "champion")
@@ -33,14 +37,14 @@ def test_all_versions_are_champions_with_their_provenance_as_tags(packaged: Proj
         assert "sha256" in version.tags and "versions" in version.tags
 
 
-def test_the_table_shows_steps_verdict_versions_and_what_to_look_at(packaged: Project) -> None:
-    table = (packaged.folder / "stdout").read_text()
+def test_the_table_shows_steps_verdict_versions_and_what_to_look_at(packaged: Packaged) -> None:
+    table = packaged.stdout
     for words in (*STEPS, "Verdict: passed", "perplexity_ratio", "version 1 @champion"):
         assert words in table
     assert "report.html" in table and "models serve -m models:/" in table and "mlflow ui" in table
 
 
-def test_a_second_run_reuses_everything_and_adds_no_version(packaged: Project) -> None:
+def test_a_second_run_reuses_everything_and_adds_no_version(packaged: Packaged) -> None:
     before = len(packaged.client.search_model_versions(f"name = '{MODEL}-{TARGET}-prompt'"))
     process = packaged.mlflow_run("main", f"overrides={TINY}")
     assert process.returncode == 0, process.stderr[-2000:]
@@ -50,7 +54,7 @@ def test_a_second_run_reuses_everything_and_adds_no_version(packaged: Project) -
 
 
 def test_the_same_content_makes_no_second_version_without_the_work_folder(
-    packaged: Project, tmp_path: Path
+    packaged: Packaged, tmp_path: Path
 ) -> None:
     source = packaged.client.search_runs(["1"], "attributes.run_name = 'evaluate'")[-1]
     arguments = [f"source=runs:/{source.info.run_id}/result.json", f"paths.work={tmp_path}"]
@@ -64,15 +68,18 @@ def test_main_stops_at_the_first_failure_with_that_steps_error(project: Project)
     assert process.returncode == 1
     words = "main: fetch failed: model.source=/no/such/folder: no such folder."
     assert words in process.stderr
+    assert "Traceback" not in process.stderr
     runs = project.client.search_runs(["1"])
     assert len(runs) == 2 and {run.info.status for run in runs} == {"FAILED"}
     assert all("no such folder" in run.data.tags["error"] for run in runs)
     assert not project.client.search_registered_models()
 
 
-def test_ctrl_c_stops_the_step_and_leaves_its_run_killed(packaged: Project, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_step_and_leaves_its_run_killed(
+    packaged: Packaged, tmp_path: Path
+) -> None:
     work = tmp_path / "work"
-    source = packaged.made["fetch"]["uri"]
+    source = packaged.fetched.uri
     command = [sys.executable, "-m", "steps.export_onnx", f"source={source}", f"paths.work={work}"]
     process = subprocess.Popen(
         command,
@@ -94,46 +101,42 @@ def test_ctrl_c_stops_the_step_and_leaves_its_run_killed(packaged: Project, tmp_
     assert not list(work.glob("export_onnx/*/*"))
 
 
-def test_who_lost_the_alias_meanwhile_does_not_take_it_back(packaged: Project) -> None:
-    client, [lead, *_] = packaged.client, packaged.made["register"]["versions"]
-    name = lead["name"]
+def test_who_lost_the_alias_meanwhile_does_not_take_it_back(packaged: Packaged) -> None:
+    client, lead = packaged.client, packaged.registration.versions[0]
     with tracking(packaged):
-        other = client.create_model_version(name, packaged.made["log_pyfunc"]["uri"].split("+")[0])
-    client.set_registered_model_alias(name, "champion", other.version)
-    process = packaged.step("register", f"source={packaged.made['evaluate']['uri']}")
-    client.set_registered_model_alias(name, "champion", lead["version"])
-    client.delete_model_version(name, other.version)
-    assert process.returncode == 0, process.stderr
-    assert f"version {other.version} became champion since it was evaluated" in process.stderr
-    assert packaged.step("register", f"source={packaged.made['evaluate']['uri']}").returncode == 0
+        other = client.create_model_version(lead.name, packaged.candidates.uri)
+    client.set_registered_model_alias(lead.name, "champion", other.version)
+    source = f"source={packaged.evaluation.uri}"
+    registration = packaged.call("register", source)
+    client.set_registered_model_alias(lead.name, "champion", lead.version)
+    client.delete_model_version(lead.name, other.version)
+    [reason] = registration.reasons
+    assert f"version {other.version} became champion since it was evaluated" in reason
+    assert packaged.call("register", source).promoted
 
 
-def test_a_report_that_was_deleted_is_made_again(packaged: Project) -> None:
-    report = Path(packaged.made["evaluate"]["report"])
+def test_a_report_that_was_deleted_is_made_again(packaged: Packaged) -> None:
+    report = Path(packaged.evaluation.report)
     report.unlink()
-    uris = [packaged.made[step]["uri"] for step in ("log_pyfunc", "log_transformers")]
-    arguments = [*TINY.split(), f"candidate={uris[0]}", f"reference={uris[1]}"]
-    process = packaged.step("evaluate", *arguments)
-    assert process.returncode == 0, process.stderr
+    packaged.call("evaluate", *split_overrides(TINY), *packaged.pair)
     assert report.is_file()
 
 
-def test_another_licence_is_another_provenance(packaged: Project, tmp_path: Path) -> None:
+def test_another_licence_is_another_provenance(
+    packaged: Packaged, tiny: Path, tmp_path: Path
+) -> None:
     """The same files, whatever is said of them, must not be reused under the old words."""
     folder = tmp_path / "checkpoint"
-    shutil.copytree(
-        packaged.made["fetch"]["uri"], folder, copy_function=lambda a, b: Path(b).hardlink_to(a)
-    )
-    provenance = json.loads((folder / "provenance.json").read_text())
-    (folder / "provenance.json").unlink()
-    (folder / "provenance.json").write_text(json.dumps({**provenance, "licence": "mit"}))
-    assert packaged.step("log_transformers", f"source={folder}").returncode == 0
-    outcome = packaged.outcome("log_transformers")
-    assert outcome["content"] != packaged.made["log_transformers"]["content"]
+    shutil.copytree(tiny, folder)
+    contents = set()
+    for licence in ("mit", "apache-2.0"):
+        write_provenance(folder, licence=licence)
+        logged = packaged.call("log_transformers", "model.name=tiny", f"source={folder}")
+        contents.add(logged.models[0].content)
+    assert len(contents) == 2
 
 
-def test_what_is_no_evaluation_is_refused_by_register(packaged: Project) -> None:
-    process = packaged.step("register", f"source={packaged.made['fetch']['uri']}/config.json")
-    assert process.stderr.splitlines()[-1].endswith(
-        "config.json is not what evaluate ends with. Pass its uri as source."
-    )
+def test_what_is_no_evaluation_is_refused_by_register(packaged: Packaged) -> None:
+    words = "config.json is not what evaluate ends with. Pass its uri as source."
+    with pytest.raises(InputError, match=words):
+        packaged.call("register", f"source={packaged.fetched.uri}/config.json")

@@ -1,11 +1,13 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from steps.config import Register
-from steps.registry import ANSWERED, SUCCEEDS, registered_name
-from tests.conftest import Project, composed
+from slm.config import Register
+from slm.errors import InputError, StepError
+from slm.registry.names import ANSWERED, SUCCEEDS, name_of
+from tests.conftest import Generations, composed
 from tests.registry_state import (
     CHAT,
     CHECKPOINT,
@@ -19,33 +21,35 @@ from tests.registry_state import (
 )
 
 
-def test_the_first_that_passes_is_champion_with_its_checkpoint(generations: Project) -> None:
+def test_the_first_that_passes_is_champion_with_its_checkpoint(generations: Generations) -> None:
     for name in (CHAT, PROMPT, CHECKPOINT):
         version = generations.client.get_model_version_by_alias(name, "champion")
         assert int(version.version) == 1 and version.tags[SUCCEEDS] == "none"
         assert ANSWERED in version.tags
 
 
-def test_a_version_says_how_it_measured_and_shows_its_card(generations: Project) -> None:
+def test_a_version_says_how_it_measured_and_shows_its_card(generations: Generations) -> None:
     version = generations.client.get_model_version(CHAT, "1")
     metrics = json.loads(version.tags["metrics"])
     assert metrics["perplexity_ratio"] == pytest.approx(
-        generations.made["1"]["candidate_metrics"]["perplexity_ratio"], rel=1e-5
+        generations.first.candidate_metrics["perplexity_ratio"], rel=1e-5
     )
     assert version.tags["conditions"] == "one machine"
     assert version.description == "# Card"
 
 
-def test_who_was_evaluated_before_the_champion_stays_challenger(registry: Project) -> None:
-    registration = register(registry, registry.made["3"])
-    assert not registration.promoted and registration.versions[0]["alias"] == "challenger"
+def test_who_was_evaluated_before_the_champion_stays_challenger(registry: Generations) -> None:
+    registration = register(registry, registry.third)
+    assert not registration.promoted and registration.versions[0].alias == "challenger"
     words = "version 1 became champion since it was evaluated; evaluate it again"
     assert registration.reasons == [words]
     assert aliases(registry) == {"champion": "1", "challenger": "3"}
 
 
-def test_who_is_no_worse_becomes_champion_and_all_its_versions_with_it(registry: Project) -> None:
-    registration = register(registry, seen(registry.made["2"], "1"))
+def test_who_is_no_worse_becomes_champion_and_all_its_versions_with_it(
+    registry: Generations,
+) -> None:
+    registration = register(registry, seen(registry.second, "1"))
     assert registration.promoted and registration.uri == f"models:/{CHAT}@champion"
     for name in (CHAT, PROMPT):
         assert aliases(registry, name) == {"champion": "2", "previous": "1", "challenger": "3"}
@@ -63,32 +67,32 @@ def test_who_is_no_worse_becomes_champion_and_all_its_versions_with_it(registry:
     ],
 )
 def test_a_slower_or_worse_one_does_not_replace_the_champion(
-    registry: Project, metric: str, factor: float, words: str
+    registry: Generations, metric: str, factor: float, words: str
 ) -> None:
-    registration = register(registry, seen(registry.made["3"], "1", **{metric: factor}))
+    registration = register(registry, seen(registry.third, "1", **{metric: factor}))
     [reason] = registration.reasons
     assert reason.startswith(metric) and words in reason
     assert not registration.promoted and registration.uri == f"models:/{CHAT}/3"
     assert aliases(registry) == {"champion": "1", "challenger": "3"}
 
 
-def test_a_superseded_version_does_not_take_the_champion_back(registry: Project) -> None:
-    register(registry, seen(registry.made["2"], "1"))
+def test_a_superseded_version_does_not_take_the_champion_back(registry: Generations) -> None:
+    register(registry, seen(registry.second, "1"))
     before = state(registry)
-    registration = register(registry, registry.made["1"])
-    assert not registration.promoted and registration.versions[0]["alias"] == ""
+    registration = register(registry, registry.first)
+    assert not registration.promoted and registration.versions[0].alias == ""
     assert "version 2 became champion" in registration.reasons[0]
     assert state(registry) == before
 
 
-def test_an_older_one_does_not_displace_a_newer_challenger(registry: Project) -> None:
+def test_an_older_one_does_not_displace_a_newer_challenger(registry: Generations) -> None:
     before = state(registry)
-    register(registry, registry.made["2"])
+    register(registry, registry.second)
     assert state(registry) == before
 
 
-def test_the_same_evaluation_again_changes_nothing(registry: Project) -> None:
-    evaluation = seen(registry.made["2"], "1")
+def test_the_same_evaluation_again_changes_nothing(registry: Generations) -> None:
+    evaluation = seen(registry.second, "1")
     register(registry, evaluation)
     before = state(registry)
     assert register(registry, evaluation).promoted
@@ -96,33 +100,33 @@ def test_the_same_evaluation_again_changes_nothing(registry: Project) -> None:
 
 
 def test_a_new_measurement_of_the_same_content_is_brought_onto_its_version(
-    registry: Project,
+    registry: Generations,
 ) -> None:
-    evaluation = registry.made["1"] | {"conditions": "another machine", "model_card": "# New"}
+    evaluation = replace(registry.first, conditions="another machine", model_card="# New")
     register(registry, evaluation)
     version = registry.client.get_model_version(CHAT, "1")
     assert (version.tags["conditions"], version.description) == ("another machine", "# New")
 
 
-def test_an_interface_that_is_registered_later_follows_the_champion(registry: Project) -> None:
-    chat, prompt = registry.made["2"]["candidates"]
-    evaluation = seen(registry.made["2"], "1")
-    register(registry, evaluation | {"candidates": [chat]})
+def test_an_interface_that_is_registered_later_follows_the_champion(registry: Generations) -> None:
+    chat, prompt = registry.second.candidates
+    evaluation = seen(registry.second, "1")
+    register(registry, replace(evaluation, candidates=[chat]))
     assert aliases(registry, PROMPT)["champion"] == "1"
     register(registry, evaluation)
     assert aliases(registry, PROMPT)["champion"] == "2"
 
 
-def test_what_failed_is_not_registered(registry: Project) -> None:
+def test_what_failed_is_not_registered(registry: Generations) -> None:
     before = state(registry)
-    evaluation = registry.made["2"] | {"verdict": "failed", "reasons": ["it loops"]}
-    with pytest.raises(ValueError, match="not registered, the evaluation failed: it loops."):
+    evaluation = replace(registry.second, verdict="failed", reasons=["it loops"])
+    with pytest.raises(StepError, match="not registered, the evaluation failed: it loops."):
         register(registry, evaluation)
     assert state(registry) == before
 
 
-def test_what_failed_is_registered_without_an_alias_if_asked_for(registry: Project) -> None:
-    evaluation = registry.made["2"] | {"verdict": "failed", "reasons": ["it loops"]}
+def test_what_failed_is_registered_without_an_alias_if_asked_for(registry: Generations) -> None:
+    evaluation = replace(registry.second, verdict="failed", reasons=["it loops"])
     registration = register(registry, evaluation, "register.failed=true")
     assert registration.uri == f"models:/{CHAT}/4" and not registration.promoted
     assert registry.client.get_model_version(CHAT, "4").tags["verdict"] == "failed"
@@ -130,26 +134,26 @@ def test_what_failed_is_registered_without_an_alias_if_asked_for(registry: Proje
 
 
 def test_a_version_that_does_not_answer_is_no_challenger_and_the_run_fails(
-    registry: Project,
+    registry: Generations,
 ) -> None:
     registry.client.delete_model_version_tag(CHAT, "3", ANSWERED)
-    model = registry.client.get_logged_model(registry.made["3"]["candidates"][0].split("/")[1])
+    model = registry.client.get_logged_model(registry.third.candidates[0].split("/")[1])
     files = Path(model.artifact_location.removeprefix("file://"))
     weights = next(files.rglob("model.onnx.data"))
     hidden = weights.rename(weights.with_name("hidden"))
     try:
-        with pytest.raises(RuntimeError, match=f"not promoted: models:/{CHAT}/3 does not answer"):
-            register(registry, seen(registry.made["3"], "1"))
+        with pytest.raises(StepError, match=f"not promoted: models:/{CHAT}/3 does not answer"):
+            register(registry, seen(registry.third, "1"))
     finally:
         hidden.rename(weights)
     assert aliases(registry) == aliases(registry, PROMPT) == {"champion": "1"}
 
 
 def test_of_two_registers_at_once_exactly_one_wins_and_the_loser_says_so(
-    registry: Project, tmp_path: Path
+    registry: Generations, tmp_path: Path
 ) -> None:
     processes = [
-        start_register(registry, seen(registry.made[generation], "1")) for generation in ("2", "3")
+        start_register(registry, seen(evaluation, "1")) for evaluation in registry.evaluations[1:]
     ]
     said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
@@ -163,9 +167,9 @@ def test_of_two_registers_at_once_exactly_one_wins_and_the_loser_says_so(
 
 
 def test_a_register_that_was_killed_anywhere_ends_as_one_that_was_not(
-    generations: Project, tmp_path: Path
+    generations: Generations, tmp_path: Path
 ) -> None:
-    first = Project(generations.folder / "first", generations.made)
+    first = Generations(generations.folder / "first", generations.evaluations)
     *states, undisturbed = after_kills(first, register_second, tmp_path)
     assert len(states) > 25
     assert all(state == undisturbed for state in states)
@@ -174,12 +178,11 @@ def test_a_register_that_was_killed_anywhere_ends_as_one_that_was_not(
 
 
 def test_names_follow_the_template_and_unity_catalog_has_no_dots_in_them() -> None:
-    metadata = {"model": "phi-3.5", "interface": "chat", "provenance": {"target": "cpu"}}
     settings = composed("register.catalog=prod.llm").register
-    assert registered_name(metadata, settings) == "prod.llm.phi-3_5-cpu-chat"
+    assert name_of("phi-3.5", "cpu", "chat", settings) == "prod.llm.phi-3_5-cpu-chat"
     settings = composed("register.name_template='{interface}_{model}'").register
-    assert registered_name(metadata, settings) == "chat_phi-3.5"
-    assert registered_name({**metadata, "provenance": {}}, settings) == "phi-3.5-transformers"
+    assert name_of("phi-3.5", "cpu", "chat", settings) == "chat_phi-3.5"
+    assert name_of("phi-3.5", "", "chat", settings) == "phi-3.5-transformers"
 
 
 @pytest.mark.parametrize(
@@ -194,14 +197,14 @@ def test_names_follow_the_template_and_unity_catalog_has_no_dots_in_them() -> No
 )
 def test_a_wrong_template_is_refused_with_its_key(change: dict[str, str], words: str) -> None:
     valid = {"name_template": "{model}", "reference_name_template": "{model}"}
-    with pytest.raises(ValueError, match=words.replace("{", r"\{")):
+    with pytest.raises(InputError, match=words.replace("{", r"\{")):
         Register(**(valid | change))  # type: ignore[arg-type]
 
 
-def test_interfaces_need_names_of_their_own(registry: Project) -> None:
-    with pytest.raises(ValueError, match="Put {interface} into the template"):
-        register(registry, registry.made["2"], "register.name_template='{model}'")
+def test_interfaces_need_names_of_their_own(registry: Generations) -> None:
+    with pytest.raises(InputError, match="Put {interface} into the template"):
+        register(registry, registry.second, "register.name_template='{model}'")
 
 
-def register_second(project: Project) -> None:
-    assert register(project, seen(project.made["2"], "1")).promoted
+def register_second(project: Generations) -> None:
+    assert register(project, seen(project.second, "1")).promoted

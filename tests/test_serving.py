@@ -15,7 +15,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from bench.server import ScoringServer, serving
-from tests.conftest import MODEL, Project
+from tests.conftest import MODEL, Packaged
 
 FRANCE = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -35,13 +35,13 @@ def post(server: ScoringServer, body: dict[str, Any]) -> tuple[int, Any]:
 
 
 @pytest.fixture(scope="module")
-def chat(packaged: Project, chat_folder: Path) -> Iterator[ScoringServer]:
+def chat(packaged: Packaged, chat_folder: Path) -> Iterator[ScoringServer]:
     with serving(chat_folder, packaged.environment) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def prompt(packaged: Project, prompt_folder: Path) -> Iterator[ScoringServer]:
+def prompt(packaged: Packaged, prompt_folder: Path) -> Iterator[ScoringServer]:
     with serving(prompt_folder, packaged.environment) as server:
         yield server
 

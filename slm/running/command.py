@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 from hydra import main as hydra_main
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -96,14 +97,22 @@ def typed(config: DictConfig) -> Config:
 
 
 def forget_digests_of_another_source(config: Config, overrides: list[str]) -> None:
-    """Drop `model.sha256` if `model.source` alone was overridden: they are of the other source."""
-    keys = {override.split("=")[0].lstrip("+") for override in overrides}
-    if config.model.sha256 and "model.source" in keys and "model.sha256" not in keys:
-        log.info(
-            "model.source is overridden: the digests of %s in conf/model do not apply",
-            ", ".join(config.model.sha256),
-        )
-        config.model.sha256 = {}
+    """If `model.source` is overridden, keep only the digests that were given with it.
+
+    Those in the model's file are of the source that stands there.
+    """
+    given = [override.lstrip("+").partition("=")[0] for override in overrides]
+    if "model.source" not in given:
+        return
+    kept: set[str] = set()
+    for override, key in zip(overrides, given, strict=True):
+        if key == "model.sha256":
+            value = OverridesParser.create().parse_override(override).value()
+            kept |= {str(name) for name in value} if isinstance(value, dict) else set()
+    if dropped := sorted(config.model.sha256.keys() - kept):
+        names = ", ".join(dropped)
+        log.info("model.source is overridden: the configured digest of %s does not apply", names)
+        config.model.sha256 = {name: config.model.sha256[name] for name in kept}
 
 
 def report(name: str, error: Exception, show_traceback: bool) -> None:

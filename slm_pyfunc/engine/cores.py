@@ -21,14 +21,18 @@ def available_cores() -> int:
 
     OMP_NUM_THREADS caps them further; Spark sets it to the cores of a task.
     """
-    cores = len(affinity())
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()  # cgroup v2
-        cores = min(cores, int(quota) // int(period))
-    except (OSError, ValueError):
-        pass
+    cores = min(len(affinity()), cpu_quota() or 2**20)
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(cores, int(limit)) if limit.isdigit() else cores)
+
+
+def cpu_quota() -> int | None:
+    """The whole cores that the cgroup (version 2) may use; None if they are not limited."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return int(quota) // int(period)
+    except (OSError, ValueError):
+        return None
 
 
 def affinity() -> list[int]:
@@ -43,8 +47,9 @@ class Turn:
     Two that compute at once on the same cores, each with a thread for every core, get a third less
     done together than one does alone, because threads wait for others that are not running. Models
     of one user share two locks, in this process and others: who waits for the turn holds the place
-    of the next, so that nobody has two turns while another waits. A turn that does not come within
-    `PATIENCE_S` (its holder may be stopped) is done without, and so is the next minute.
+    of the next, so that nobody has two turns while another waits. If a turn does not come within
+    `PATIENCE_S` (its holder may be stopped), the model computes without it, and does not wait again
+    for a minute.
     """
 
     def __init__(self, needed: bool = True) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import sys
@@ -7,8 +8,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from steps.provenance import digest_files
-from steps.step import one_line, run_step
+from slm.digests import digest_files
+from slm.errors import words_for
+from slm.running.run import run_step
+from slm.running.tracking import absolute_uri
+from slm.running.work import code_digests
 from tests.conftest import Project, composed, tracking
 
 
@@ -32,15 +36,14 @@ class Writer:
 
     def run(self, there: bool = True) -> Letter:
         config = composed(f"paths.work={self.project.folder / 'work'}")
-        key, code = {"text": self.text}, [Path(__file__)]
         with tracking(self.project):
             return run_step(
                 "letter",
                 config,
                 Letter,
-                key=key,
-                code=code,
-                work=self.work,
+                key={"text": self.text},
+                module=__name__,
+                make=self.work,
                 still_there=lambda _: there,
             )
 
@@ -103,7 +106,38 @@ def test_the_result_is_logged_to_the_run(project: Project) -> None:
 
 def test_a_full_disk_is_one_line_with_the_cure() -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
-    assert one_line(full).endswith("Free space there, or set paths.work to a folder with more.")
+    assert str(words_for(full)).endswith(
+        "Free space there, or set paths.work to a folder with more."
+    )
+
+
+def test_an_error_that_nobody_expected_has_no_words_of_its_own() -> None:
+    for error in (ValueError("math domain error"), RuntimeError("CUDA"), OSError("strange")):
+        assert words_for(error) is None
+
+
+def test_the_code_of_a_step_is_what_it_imports() -> None:
+    """Also behind functions and relative imports; not the command line, nor what it only ships."""
+    evaluate = code_digests("steps.evaluate")
+    assert {"slm/evaluation/worker.py", "slm/evaluation/report.html.j2"} <= evaluate.keys()
+    assert not [name for name in evaluate if name.startswith(("slm/running", "slm/config"))]
+    export = code_digests("steps.export_onnx")
+    assert {"slm/exporters/checks.py", "slm_pyfunc/engine/scheduler.py"} <= export.keys()
+    assert "slm_pyfunc/chat.py" not in export and "slm/registry/turns.py" not in export
+    assert "slm/sources/gguf.py" in code_digests("steps.fetch")
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "./mlruns", "mlruns", "file:mlruns"])
+def test_a_relative_store_means_the_same_from_every_folder(uri: str, tmp_path: Path) -> None:
+    with contextlib.chdir(tmp_path):
+        settled = absolute_uri(uri)
+    assert str(tmp_path / "ml") in settled and settled.startswith(("sqlite:////", "file:///"))
+    assert absolute_uri(settled) == settled
+
+
+def test_a_store_that_is_no_path_stays_as_it_is() -> None:
+    for uri in ("http://host:5000", "databricks", "databricks://profile", "databricks-uc"):
+        assert absolute_uri(uri) == uri
 
 
 def test_an_unreachable_tracking_server_is_one_line_with_the_cure(project: Project) -> None:
@@ -117,6 +151,6 @@ def test_an_unreachable_tracking_server_is_one_line_with_the_cure(project: Proje
 
 
 def test_a_work_folder_that_cannot_be_written_is_one_line_with_the_cure(project: Project) -> None:
-    process = project.step("fetch", "paths.work=/sys/nowhere", "model.source=/etc")
+    process = project.step("fetch", "paths.work=/sys/nowhere")
     assert process.returncode == 1
     assert "Set paths.work to a folder" in process.stderr.splitlines()[-1]

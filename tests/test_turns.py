@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import steps.registry
-from steps.registry import PROMOTING, turn
+import slm.registry.turns
+from slm.registry.names import PROMOTING
+from slm.registry.turns import turn
 from tests.conftest import Project, tracking
 from tests.registry_state import STORES
 
@@ -34,7 +35,7 @@ def test_who_died_in_its_turn_is_waited_for_no_longer_than_its_lease(
     project.client.create_registered_model("a")
     for dead in ("0", "z"):
         project.client.set_registered_model_tag("a", PROMOTING + dead, "1")
-    monkeypatch.setattr(steps.registry, "LEASE_S", 0.5)
+    monkeypatch.setattr(slm.registry.turns, "LEASE_S", 0.5)
     with turn(project.client, ["a"], "m"):
         assert set(project.client.get_registered_model("a").tags) == {f"{PROMOTING}m"}
 

@@ -1,0 +1,89 @@
+"""Small checkpoints that the tests make: a few layers of random weights, or of SmolLM2's."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# A shape for all that does not depend on weights: megabytes, and an answer in milliseconds.
+TINY_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+def write_tiny(folder: Path, tokenizer: Path, architecture: str = "Llama", **config: Any) -> Path:
+    """Write a checkpoint of random weights, with the tokenizer of another one.
+
+    `architecture` is a prefix of transformers' classes; `config` changes its TINY_SHAPE.
+    """
+    import torch
+    import transformers
+
+    folder.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        shutil.copy(tokenizer / name, folder / name)
+    vocabulary = json.loads((tokenizer / "config.json").read_text())
+    special = {name: vocabulary[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+    shape = {**TINY_SHAPE, **special, "pad_token_id": special["eos_token_id"], **config}
+    torch.manual_seed(0)
+    model_config = getattr(transformers, f"{architecture}Config")(**shape)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(model_config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_shallow(folder: Path, checkpoint: Path, layers: int = 2) -> Path:
+    """Write the first layers of a checkpoint: a fraction of its size, and it still answers."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        shutil.copy(checkpoint / name, folder / name)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["num_hidden_layers"] = layers
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def is_kept(name: str) -> bool:
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        return layer is None or int(layer.group(1)) < layers
+
+    weights = load_file(checkpoint / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if is_kept(name)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_as_phi3(folder: Path, checkpoint: Path, **config: Any) -> Path:
+    """Write a Llama checkpoint's weights as a `Phi3ForCausalLM` one: trained, on Phi-3's path.
+
+    q, k and v become one `qkv_proj`, gate and up one `gate_up_proj`.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        shutil.copy(checkpoint / name, folder / name)
+    values = json.loads((checkpoint / "config.json").read_text())
+    values |= {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": 2047}
+    values |= {"original_max_position_embeddings": values["max_position_embeddings"], **config}
+    (folder / "config.json").write_text(json.dumps(values))
+    weights = load_file(checkpoint / "model.safetensors")
+    for i in range(values["num_hidden_layers"]):
+        for parts, fused in (
+            (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"),
+            (("mlp.gate_proj", "mlp.up_proj"), "mlp.gate_up_proj"),
+        ):
+            names = [f"model.layers.{i}.{part}.weight" for part in parts]
+            fused_weight = torch.cat([weights.pop(name) for name in names])
+            weights[f"model.layers.{i}.{fused}.weight"] = fused_weight
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
