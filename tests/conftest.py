@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from slm.config import CONF, ROOT, Config, Interface
 from slm.digests import read_provenance
 from slm.evaluation.data import read_prompts, read_texts
-from slm.evaluation.measure import Inputs, Measurement, Measuring, conditions_of, request_of
+from slm.evaluation.measure import Inputs, Measurement, Measuring, request_of
 from slm.exporters.builder import build, builder_arguments
 from slm.records import (
     Checkpoint,
@@ -30,7 +30,7 @@ from slm.records import (
     Registration,
     from_json,
 )
-from slm.running.command import forget_digests_of_another_source
+from slm.running.command import forget_digests_of_another_source, split_overrides
 from tests.checkpoints import write_as_phi3, write_tiny
 
 T = TypeVar("T")
@@ -220,18 +220,17 @@ def phi3(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def measuring(packaged: Packaged, tmp_path_factory: pytest.TempPathFactory) -> Measuring:
-    """How the tests measure: little of everything."""
-    settings = composed("evaluate.max_tokens=192", "evaluate.max_prompts=3").evaluate
-    settings = replace(settings, prompt_lengths=[32], repeats=1, max_new_tokens=8)
+def measuring(packaged: Packaged) -> Measuring:
+    """How `main` measured, and where it kept that."""
+    settings = composed(*split_overrides(TINY)).evaluate
     inputs = Inputs([], packaged.reference, None, read_texts(settings), read_prompts(settings))
-    request, conditions = request_of(inputs, settings), conditions_of(inputs, settings)
-    return Measuring(request, conditions, str(tmp_path_factory.mktemp("measured")))
+    request = request_of(inputs, settings)
+    return Measuring(request, packaged.evaluation.conditions, str(packaged.folder / "work"))
 
 
 @pytest.fixture(scope="session")
 def measured_checkpoint(packaged: Packaged, measuring: Measuring) -> Measurement:
-    """The checkpoint, measured: what an ONNX model is compared with."""
+    """The checkpoint as `main` measured it: what an ONNX model is compared with."""
     with tracking(packaged):
         return measuring.measure(packaged.reference)
 

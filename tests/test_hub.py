@@ -155,11 +155,11 @@ def test_the_token_is_sent_but_never_logged(project: Project, hub: Hub) -> None:
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_was(project: Project, hub: Hub) -> None:
-    hub.cut_off_at = [10_000_000]
+    hub.cut_off_at = [12_000_000]  # the client keeps whole pieces of 10 MB
     process = fetch(project, hub)
     assert process.returncode == 0, process.stderr
     ranges = [r for _, path, r in hub.requests if path.endswith(".safetensors") and r]
-    assert len(ranges) == 1 and 0 < int(ranges[0][6:-1]) <= 10_000_000
+    assert len(ranges) == 1 and 0 < int(ranges[0][6:-1]) <= 12_000_000
 
 
 def test_files_that_came_before_a_failure_are_not_fetched_again(project: Project, hub: Hub) -> None:
