@@ -37,5 +37,5 @@ $(READY): requirements.txt
 bench: run  ## the packaged models against a bare loop, the checkpoint and peers
 	"$(BIN)/python" -m bench
 
-clean:  ## the outcomes of steps; MLflow's own store stays
-	rm -rf work
+clean: $(READY)  ## remove the outcomes of steps; MLflow's own store stays
+	"$(BIN)/python" -c "from slm.running.work import clean; clean()"

@@ -23,7 +23,7 @@ import mlflow
 from rich.console import Console
 
 from bench.server import serving
-from slm.config import ROOT
+from slm.config import ROOT, user_cache
 from slm.evaluation.summary import table
 from slm.running.tracking import settle_tracking
 from slm.running.work import versions
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--target", default="cpu-int4-rtn-block-32-acc-level-4")
     parser.add_argument("--alias", default="champion")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "work" / "bench.json")
+    parser.add_argument("--out", type=Path, default=Path(user_cache()) / "bench.json")
     parser.add_argument("--gguf", help="the checkpoint as GGUF, for the peers")
     parser.add_argument("--peers-python", default=sys.executable, help="where peers are installed")
     arguments = parser.parse_args()

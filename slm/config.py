@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+from platformdirs import user_cache_path
 
 from slm.errors import InputError
 from slm_pyfunc.parameters import Parameters
@@ -36,6 +37,11 @@ class Precision(enum.Enum):
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
+
+
+def user_cache() -> str:
+    """The folder for outcomes that no one chose another place for, which outlives every clone."""
+    return str(user_cache_path("slm-packaging"))
 
 
 def require_name(key: str, name: str) -> None:
@@ -279,3 +285,4 @@ def uris_of(text: str) -> list[str]:
 
 
 ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("user_cache", user_cache)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
@@ -25,7 +26,7 @@ class PromptModel(PythonModel):
         """The answers, row for row; `n` of them for each row, one after the other."""
         with mlflow_errors():
             parameters = Parameters.of(params or {}, self.runtime.defaults)
-            answers = self.runtime.answer(model_input["prompt"].tolist(), parameters)
+            answers = self.runtime.answer(prompts_of(model_input), parameters)
         return [completion.text for completions in answers for completion in completions]
 
     def predict_stream(
@@ -42,3 +43,14 @@ class PromptModel(PythonModel):
             for _, event in self.runtime.stream(model_input["prompt"], parameters):
                 if isinstance(event, str):
                     yield event
+
+
+def prompts_of(model_input: pd.DataFrame) -> list[Any]:
+    """The prompts of a frame, row for row.
+
+    MLflow makes one row of a dict of columns, {"prompt": ["a", "b"]}: its cell holds the prompts.
+    """
+    prompts: list[Any] = []
+    for cell in model_input["prompt"]:
+        prompts += list(cell) if isinstance(cell, (list, tuple, np.ndarray)) else [cell]
+    return prompts

@@ -29,7 +29,7 @@ from slm.records import (
 )
 from slm.running.command import entry_point
 from slm.running.tracking import mlflow_run, shown_tracking_uri
-from slm.running.work import Outcome, T, enum_value
+from slm.running.work import Outcome, T, enum_value, work_folder
 
 log = logging.getLogger("slm.main")
 
@@ -108,15 +108,17 @@ def overrides_for_children() -> list[str]:
     return [*search_path, *own]
 
 
-def next_lines(evaluation: Evaluation, registration: Registration) -> dict[str, str]:
-    """Where to look, and how to serve: lines that work in a new terminal, in any folder."""
+def next_lines(work: str, evaluation: Evaluation, registration: Registration) -> dict[str, str]:
+    """Where things lie, and what to do next: commands that work in any terminal and folder."""
     tracking = shown_tracking_uri()
-    mlflow_command = shlex.quote(str(Path(sys.executable).parent / "mlflow"))
+    scripts = Path(sys.executable).parent
+    mlflow_command = shlex.quote(str(scripts / "mlflow"))
     look = f"{mlflow_command} ui --backend-store-uri {shlex.quote(tracking)}"
-    serve = f"env PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH "
+    serve = f"PATH={shlex.quote(str(scripts))}:$PATH "  # the scoring server starts uvicorn by name
     serve += f"MLFLOW_TRACKING_URI={shlex.quote(tracking)} {mlflow_command} models serve "
     serve += f"-m {registration.uri} --env-manager local -p 5001"
     return {
+        "Work": str(work_folder(work)),
         "Report": evaluation.report,
         "Look": tracking if tracking.startswith("http") else look,
         "Serve": serve,
@@ -139,7 +141,7 @@ def main(config: Config) -> None:
         [step, f"{child.duration_s:.1f}", ("reused " if child.reused else "") + child.outcome.uri]
         for step, child in chain.children.items()
     ]
-    show(rows, evaluation, registration, next_lines(evaluation, registration))
+    show(rows, evaluation, registration, next_lines(config.paths.work, evaluation, registration))
 
 
 def summary_of(chain: Chain) -> str:

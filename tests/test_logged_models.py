@@ -64,6 +64,23 @@ def test_every_row_gets_its_own_answer_in_order(prompt: Any) -> None:
     assert ask(prompt, FRANCE, SKY, FRANCE, temperature=0) == [*france, *sky, *france]
 
 
+def test_columns_may_be_lists_and_none_give_none(prompt: Any) -> None:
+    """`{"prompt": ["a", "b"]}` is how MLflow's own serving formats write columns."""
+    params = {"max_tokens": 8, "temperature": 0}
+    expected = ask(prompt, FRANCE, SKY, max_tokens=8, temperature=0)
+    assert prompt.predict({"prompt": [FRANCE, SKY]}, params=params) == expected
+    assert prompt.predict({"prompt": [FRANCE]}, params=params) == expected[:1]
+    assert prompt.predict({"prompt": []}, params=params) == []
+    assert prompt.predict(pd.DataFrame({"prompt": []}), params=params) == []
+    assert prompt.predict(pd.DataFrame({"prompt": []}, dtype=str), params=params) == []
+
+
+def test_a_prompt_that_is_missing_is_an_error_and_not_left_out(prompt: Any) -> None:
+    for missing in (None, float("nan")):
+        with pytest.raises(MlflowException):
+            prompt.predict(pd.DataFrame({"prompt": [FRANCE, missing]}))
+
+
 def test_the_same_seed_gives_the_same_text_and_another_another(prompt: Any) -> None:
     def sample(seed: int) -> list[str]:
         return ask(prompt, SKY, temperature=1.5, seed=seed)

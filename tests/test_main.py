@@ -1,8 +1,14 @@
+import contextlib
+import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,7 +47,70 @@ def test_the_table_shows_steps_verdict_versions_and_what_to_look_at(packaged: Pa
     table = packaged.stdout
     for words in (*STEPS, "Verdict: passed", "perplexity_ratio", "version 1 @champion"):
         assert words in table
-    assert "report.html" in table and "models serve -m models:/" in table and "mlflow ui" in table
+    assert "report.html" in table and str(packaged.folder / "work") in table
+
+
+def printed(packaged: Packaged, name: str) -> str:
+    """What the end of a run says to paste into a terminal."""
+    [line] = [line for line in packaged.stdout.splitlines() if line.startswith(name)]
+    return line.removeprefix(name).strip()
+
+
+@contextlib.contextmanager
+def pasted(line: str, folder: Path, path: str) -> Iterator[str]:
+    """The line in a bare shell, in another folder; its address once it answers on that path."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    process = subprocess.Popen(
+        ["bash", "-c", line.replace("-p 5001", "") + f" --port {port}"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(address + path).close()
+                break
+            assert process.poll() is None, f"exit code {process.returncode}"
+            time.sleep(0.2)
+        yield address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_the_printed_serve_line_serves_from_a_bare_shell(
+    packaged: Packaged, tmp_path: Path
+) -> None:
+    with pasted(printed(packaged, "Serve"), tmp_path, "/ping") as address:
+        body = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+        request = urllib.request.Request(
+            f"{address}/invocations",
+            json.dumps({**body, "max_tokens": 16}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        answer = json.load(urllib.request.urlopen(request))
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+
+
+def test_the_printed_look_line_shows_the_runs_from_a_bare_shell(
+    packaged: Packaged, tmp_path: Path
+) -> None:
+    with pasted(printed(packaged, "Look"), tmp_path, "/health") as address:
+        query = "ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=tests"
+        found = json.load(urllib.request.urlopen(f"{address}/{query}"))
+    assert found["experiment"]["name"] == "tests"
+
+
+def test_the_report_that_is_printed_is_there(packaged: Packaged) -> None:
+    assert Path(printed(packaged, "Report")).is_file()
 
 
 def test_a_second_run_reuses_everything_and_adds_no_version(packaged: Packaged) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from filelock import FileLock
 
-from slm.config import ROOT
+from slm.config import ROOT, user_cache
 from slm.digests import digest_file, digest_files, digest_of
 from slm.records import from_json
 
@@ -88,6 +89,15 @@ def keep(
 def work_folder(work: str) -> Path:
     """`paths.work`; a relative one starts at the project."""
     return ROOT / Path(work).expanduser()
+
+
+def clean() -> None:
+    """Remove the outcomes in the default work folder, and nothing else that may lie there."""
+    work = work_folder(os.environ.get("SLM_WORK") or user_cache())
+    steps = [path.stem for path in (ROOT / "steps").glob("*.py")]
+    for kind in (*steps, "measure", "environments", "multirun"):
+        shutil.rmtree(work / kind, ignore_errors=True)
+    print(f"removed the outcomes of steps in {work}")
 
 
 def read_result(folder: Path, outcome: type[T]) -> T | None:
