@@ -14,7 +14,7 @@ FOLDERS = ("bench", "conf", "data", "docs", "slm", "slm_pyfunc", "steps", "tests
 GROUPS = ("model", "target", "log_pyfunc", "evaluate", "register", "paths")
 # Keys of a dict may be anything.
 # Endings of what is no key: files, and methods of a `model` in Python.
-NO_KEYS = (".yaml", ".py", ".html", ".md", ".json", ".safetensors", ".predict")
+NO_KEYS = (".yaml", ".py", ".html", ".md", ".json", ".safetensors", ".predict", ".predict_stream")
 OPEN = ("model.gates", "model.sha256", "evaluate.gates", "register.margins")
 
 
