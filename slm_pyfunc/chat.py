@@ -18,6 +18,7 @@ from .interface import mlflow_errors, open_runtime
 from .parameters import Parameters, RequestError, is_absent, require_text
 
 ROLES = ("system", "user", "assistant")
+DEVELOPER = "developer"  # OpenAI's newer name of the system role
 # Fields that this runtime does not serve; left alone they are null, false, 0 or empty.
 UNSERVED = ("stream", "tools", "tool_choice", "logit_bias", "frequency_penalty", "presence_penalty")
 
@@ -104,8 +105,8 @@ class ChatModel(PythonModel):
         return {"content": content}
 
 
-def read_request(request: dict[str, Any], runtime: Runtime) -> tuple[str, Parameters]:
-    """The prompt and parameters of one request; RequestError where a field is wrong."""
+def read_request(request: dict[str, Any], runtime: Runtime) -> tuple[list[int], Parameters]:
+    """The prompt's tokens and the parameters of one request; RequestError if a field is wrong."""
     messages = request.get("messages")
     messages = list(messages) if isinstance(messages, np.ndarray) else messages
     request = {name: value for name, value in request.items() if not is_absent(value)}
@@ -117,18 +118,27 @@ def read_request(request: dict[str, Any], runtime: Runtime) -> tuple[str, Parame
         request["max_tokens"] = request["max_completion_tokens"]
     if not isinstance(messages, list) or not messages:
         raise RequestError(f"messages is {messages!r}; it must be a list of at least one message")
-    prompt = runtime.render([read_message(i, m) for i, m in enumerate(messages)])
+    prompt = runtime.encode_chat([read_message(i, m) for i, m in enumerate(messages)])
     return prompt, Parameters.of(request, runtime.defaults)
 
 
 def read_message(index: int, message: Any) -> dict[str, str]:
-    """Role and content of a message, its text parts joined."""
+    """Role and content of a message, its text parts joined; other keys do not matter.
+
+    An answer of any OpenAI client can be sent back as it came: its `refusal`, `annotations` and the
+    like are passed over, and an assistant's content of null is an empty turn.
+    """
     where = f"messages[{index}]"
     if not isinstance(message, dict):
         raise RequestError(f"{where} is {message!r}; it must be an object with role and content")
-    if message.get("role") not in ROLES:
-        raise RequestError(f"{where}.role is {message.get('role')!r}; it must be one of {ROLES}")
+    role = "system" if message.get("role") == DEVELOPER else message.get("role")
+    if role not in ROLES:
+        raise RequestError(f"{where}.role is {role!r}; it must be one of {(*ROLES, DEVELOPER)}")
+    if calls := message.get("tool_calls"):
+        raise RequestError(f"{where}.tool_calls is {calls!r}; this model does not serve them")
     content = message.get("content")
+    if content is None and role == "assistant":
+        content = ""
     if isinstance(content, (list, np.ndarray)):
         parts = list(content)
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
@@ -136,7 +146,7 @@ def read_message(index: int, message: Any) -> dict[str, str]:
                 f"{where}.content has parts that are not text; this model reads text"
             )
         content = "".join(str(part.get("text", "")) for part in parts)
-    return {"role": message["role"], "content": require_text(f"{where}.content", content)}
+    return {"role": role, "content": require_text(f"{where}.content", content)}
 
 
 def header(kind: str, model: str) -> dict[str, Any]:

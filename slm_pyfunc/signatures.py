@@ -38,20 +38,14 @@ def prompt_signature() -> tuple[ModelSignature, Any]:
 
 def chat_signature() -> tuple[ModelSignature, Any]:
     """The fields of the transformers flavor's `llm/v1/chat`, and ours besides; with an example."""
-    message = Object(
-        [
-            Property("role", DataType.string),
-            Property("content", AnyType(), required=False),  # a string, or OpenAI's list of parts
-            Property("name", DataType.string, required=False),
-        ]
-    )
     names = [column.name for column in CHAT_MODEL_INPUT_SCHEMA if column.name != "messages"]
     ours = [p.name for p in fields(Parameters) if p.name != "schema"]
     ours += ["max_completion_tokens", "response_format", "tool_choice", "logit_bias"]
     names += [name for name in ours if name not in names]
     # Columns of any type: MLflow would refuse 2 for 2.0, and `stop` is a string or a list. The
     # model itself says what is wrong, in fewer words.
-    columns: list[Any] = [ColSpec(Array(message), "messages")]
+    # Messages too may have keys that MLflow's schema would refuse, as clients send answers back.
+    columns: list[Any] = [ColSpec(Array(AnyType()), "messages")]
     columns += [ColSpec(AnyType(), name, required=False) for name in names]
     example = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 16}
     return ModelSignature(Schema(columns), CHAT_MODEL_OUTPUT_SCHEMA), example

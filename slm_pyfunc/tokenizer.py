@@ -1,9 +1,10 @@
 """Text to tokens and back: encoding, the chat template, streams, stop strings, grammars.
 
-All of it is onnxruntime-genai's own. It opens a tokenizer only together with a model, so here it
-gets one without weights, whose logits the caller sets; grammars need no other.
+Encoding, decoding and grammars are onnxruntime-genai's. It opens a tokenizer only together with a
+model, so here it gets one without weights, whose logits the caller sets; grammars need no other.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
+from .chat_template import ChatTemplate
 from .parameters import RequestError
 
 
@@ -26,6 +28,9 @@ class Tokenizer:
         config.add_model_data("sampler.onnx", constant_graph(genai_config["model"]["vocab_size"]))
         self.model = og.Model(config)
         self.tokenizer = og.Tokenizer(self.model)
+        self.folder = folder
+        # What it puts before every text by itself, such as a bos token.
+        self.prefix = [int(token) for token in self.tokenizer.encode("")]
         self.end_tokens = frozenset(int(token) for token in self.tokenizer.eos_token_ids)
 
     def encode(self, text: str) -> list[int]:
@@ -35,20 +40,27 @@ class Tokenizer:
             raise RequestError("prompt has characters that are not in the model's vocabulary")
         return tokens
 
+    def encode_alone(self, text: str) -> list[int]:
+        """The token ids of a text and nothing before it, as a chat template's output is encoded."""
+        tokens = self.encode(text)
+        begins = bool(self.prefix) and tokens[: len(self.prefix)] == self.prefix
+        return tokens[len(self.prefix) :] if begins else tokens
+
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens)
 
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self.folder)
+
     def render(self, messages: list[dict[str, str]]) -> str:
         """The prompt that the checkpoint's chat template makes, up to the assistant's turn."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                json.dumps(messages), add_generation_prompt=True
-            )
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise RequestError(
-                f"messages: the model's chat template refuses them: {reason}"
-            ) from error
+        return self.template.render(messages)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """The token ids of that prompt; control tokens in a message's content are read as text."""
+        pieces = self.template.pieces(messages)
+        return [token for piece in pieces for token in self.encode_alone(piece)]
 
     def stream(self, stop: tuple[str, ...] = ()) -> "TextStream":
         return TextStream(self.tokenizer.create_stream(), stop)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
-from tests.conftest import Project
+from slm.errors import InputError, UnreachableError
+from slm.evaluation.data import read_texts
+from tests.conftest import Project, composed
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 
@@ -109,64 +111,62 @@ def hub(tiny: Path) -> Iterator[Hub]:
     server.server_close()
 
 
-def outcome_of(project: Project, name: str = "tiny") -> dict[str, Any]:
-    """What a fetch left in the work folder."""
-    results = (project.folder / "work" / "fetch").glob("*/result.json")
-    outcomes = [json.loads(path.read_text())["outcome"] for path in results]
-    provenances = [Path(outcome["uri"], "provenance.json") for outcome in outcomes]
-    names = [json.loads(path.read_text())["model"] for path in provenances]
-    return outcomes[names.index(name)]
+TINY = ["model=phi-3-mini-4k-instruct", "model.source=hf://acme/tiny@main", "model.name=tiny"]
+TINY += ["model.licence=apache-2.0", "model.architecture=null", "model.context_length=null"]
+PINNED = f"model.source=hf://acme/tiny@{COMMIT}"
 
 
-def fetch(
-    project: Project, hub: Hub, *overrides: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    arguments = ["model=phi-3-mini-4k-instruct", "model.source=hf://acme/tiny@main"]
-    arguments += ["model.name=tiny", "model.licence=apache-2.0"]
-    arguments += ["model.architecture=null", "model.context_length=null"]
-    command = [sys.executable, "-m", "steps.fetch", *arguments, *overrides]
-    return project.run(command, **at_hub(project, hub), **environment)
+@pytest.fixture
+def at_hub(project: Project, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A project whose client asks this hub, with a cache of its own."""
+    resolve = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + resolve)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(project.folder / "hf" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    return project
 
 
-def at_hub(project: Project, hub: Hub) -> dict[str, str]:
-    """The environment in which the real client asks this hub, with a cache of its own."""
-    home = str(project.folder / "hf")
-    return {"HF_HOME": home, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+def in_process(project: Project, hub: Hub, *overrides: str, **environment: str) -> Any:
+    """`fetch` as a process of its own, whose client is told of the hub by its environment."""
+    own = {"HF_HOME": str(project.folder / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "steps.fetch", *TINY, *overrides]
+    return project.run(command, **own, **environment)
 
 
 def test_a_branch_is_pinned_to_its_commit_and_only_the_needed_files_come(
-    project: Project, hub: Hub
+    at_hub: Project, hub: Hub
 ) -> None:
-    process = fetch(project, hub, HF_TOKEN="hf_secretsecretsecret")
-    assert process.returncode == 0, process.stderr
-    outcome = outcome_of(project)
-    assert outcome["revision"] == COMMIT
+    outcome = at_hub.call("fetch", *TINY)
+    assert outcome.revision == COMMIT
     wanted = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert set(outcome["files"]) == wanted | {"model.safetensors"}
+    assert set(outcome.files) == wanted | {"model.safetensors"}
     assert not [path for _, path, _ in hub.requests if path.endswith((".bin", ".py", "README.md"))]
 
 
 def test_the_token_is_sent_but_never_logged(project: Project, hub: Hub) -> None:
-    process = fetch(project, hub, HF_TOKEN="hf_secretsecretsecret")
+    process = in_process(project, hub, HF_TOKEN="hf_secretsecretsecret")
+    assert process.returncode == 0, process.stderr
     assert "Bearer hf_secretsecretsecret" in hub.tokens
     [run] = project.runs("fetch")
-    logged = json.dumps([run.data.params, run.data.tags, outcome_of(project)])
+    [result] = (project.folder / "work" / "fetch").glob("*/result.json")
+    logged = json.dumps([run.data.params, run.data.tags]) + result.read_text()
     assert "hf_secret" not in logged + process.stdout + process.stderr
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_was(project: Project, hub: Hub) -> None:
+def test_a_download_that_breaks_off_goes_on_where_it_was(at_hub: Project, hub: Hub) -> None:
     hub.cut_off_at = [12_000_000]  # the client keeps whole pieces of 10 MB
-    process = fetch(project, hub)
-    assert process.returncode == 0, process.stderr
+    at_hub.call("fetch", *TINY)
     ranges = [r for _, path, r in hub.requests if path.endswith(".safetensors") and r]
     assert len(ranges) == 1 and 0 < int(ranges[0][6:-1]) <= 12_000_000
 
 
-def test_files_that_came_before_a_failure_are_not_fetched_again(project: Project, hub: Hub) -> None:
+def test_files_that_came_before_a_failure_are_not_fetched_again(at_hub: Project, hub: Hub) -> None:
     hub.cut_off_at = [1_000_000] * 20
-    assert fetch(project, hub).returncode == 1
+    with pytest.raises(UnreachableError):
+        at_hub.call("fetch", *TINY)
     hub.cut_off_at, hub.requests = [], []
-    assert fetch(project, hub).returncode == 0
+    at_hub.call("fetch", *TINY)
     again = [
         path.rsplit("/", 1)[1]
         for verb, path, _ in hub.requests
@@ -176,7 +176,7 @@ def test_files_that_came_before_a_failure_are_not_fetched_again(project: Project
 
 
 def test_a_file_that_differs_from_the_hubs_digest_is_refused(
-    project: Project, hub: Hub, monkeypatch: pytest.MonkeyPatch
+    at_hub: Project, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model_info = Handler.model_info
 
@@ -188,56 +188,46 @@ def test_a_file_that_differs_from_the_hubs_digest_is_refused(
         return info
 
     monkeypatch.setattr(Handler, "model_info", wrong)
-    process = fetch(project, hub)
-    assert process.returncode == 1
-    assert (
-        f"SHA-256 is {hashlib.sha256(hub.files['model.safetensors']).hexdigest()}" in process.stderr
-    )
+    digest = hashlib.sha256(hub.files["model.safetensors"]).hexdigest()
+    with pytest.raises(InputError, match=f"SHA-256 is {digest}"):
+        at_hub.call("fetch", *TINY)
 
 
 def test_no_network_to_the_hub_is_one_clear_line(project: Project, hub: Hub) -> None:
     hub.server_close()
-    process = fetch(project, hub)
+    process = in_process(project, hub)
     assert process.returncode == 1
     [line] = [x for x in process.stderr.splitlines() if x.startswith("fetch: ")]
     assert "the model hub cannot be reached for hf://acme/tiny" in line
 
 
-def test_a_pinned_commit_that_is_in_the_cache_needs_no_hub(project: Project, hub: Hub) -> None:
-    assert fetch(project, hub).returncode == 0
+def test_a_pinned_commit_that_is_in_the_cache_needs_no_hub(at_hub: Project, hub: Hub) -> None:
+    at_hub.call("fetch", *TINY)
     hub.requests = []
-    pinned = f"model.source=hf://acme/tiny@{COMMIT}"
-    process = fetch(project, hub, pinned, "model.name=again", HF_HUB_OFFLINE="1")
+    process = in_process(at_hub, hub, PINNED, "model.name=again", HF_HUB_OFFLINE="1")
     assert process.returncode == 0, process.stderr
     assert "taken from the cache" in process.stderr and not hub.requests
-    assert outcome_of(project, "again")["revision"] == COMMIT
 
 
 def test_without_the_hub_a_commit_that_is_not_in_the_cache_is_one_clear_line(
-    project: Project, hub: Hub
+    at_hub: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = fetch(project, hub, f"model.source=hf://acme/tiny@{COMMIT}", HF_HUB_OFFLINE="1")
-    assert process.returncode == 1
-    line = process.stderr.splitlines()[-1]
-    assert line.startswith("fetch: the model hub cannot be reached for hf://acme/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    words = "^the model hub cannot be reached for hf://acme/tiny"
+    with pytest.raises(UnreachableError, match=words):
+        at_hub.call("fetch", *TINY, PINNED)
 
 
 def test_a_checkpoint_that_is_not_as_expected_costs_no_download_of_weights(
-    project: Project, hub: Hub
+    at_hub: Project, hub: Hub
 ) -> None:
-    process = fetch(project, hub, "model.architecture=Phi3ForCausalLM")
-    assert "architecture is LlamaForCausalLM; model.architecture expects Phi3" in process.stderr
+    with pytest.raises(InputError, match="is LlamaForCausalLM; model.architecture expects Phi3"):
+        at_hub.call("fetch", *TINY, "model.architecture=Phi3ForCausalLM")
     assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
 
 
-def test_texts_come_from_a_dataset_at_the_hub(project: Project, hub: Hub) -> None:
+def test_texts_come_from_a_dataset_at_the_hub(at_hub: Project, hub: Hub) -> None:
     hub.files["test.jsonl"] = b'{"body": "One text."}\n{"body": "Another."}\n'
-    read = """
-from slm.evaluation.data import read_texts
-from tests.conftest import composed
-texts = "'hf://datasets/acme/texts@v1/data/test.jsonl'"
-config = composed(f"evaluate.texts={texts}", "evaluate.text_column=body")
-print([row["text"] for row in read_texts(config.evaluate)])
-"""
-    process = project.run([sys.executable, "-c", read], **at_hub(project, hub))
-    assert process.stdout.strip() == "['One text.', 'Another.']", process.stderr
+    texts = "'hf://datasets/acme/texts@v1/data/test.jsonl'"
+    config = composed(f"evaluate.texts={texts}", "evaluate.text_column=body")
+    assert [row["text"] for row in read_texts(config.evaluate)] == ["One text.", "Another."]

@@ -124,7 +124,9 @@ class Genai:
 
     def render(self, messages: Messages) -> tuple[str, list[int]]:
         text = self.runtime.render(messages)
-        return text, self.encode(text)
+        # A champion that an earlier version of this project logged encodes what it rendered.
+        encode_chat = getattr(self.runtime, "encode_chat", None)
+        return text, encode_chat(messages) if encode_chat else self.encode(text)
 
 
 def chat_answer(completion: dict[str, Any]) -> Answer:

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,6 +26,7 @@ from .sampling import Sampler, log_softmax
 from .scheduler import Completion, Event, Scheduler, Sequence, receive
 
 PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
+Prompt = str | list[int]  # a text, or the tokens of one
 LOADED: "weakref.WeakSet[Runtime]" = weakref.WeakSet()
 
 
@@ -119,7 +120,7 @@ class Runtime:
         self.loaded, self.loading = False, threading.Lock()
 
     def answer(
-        self, prompts: list[str], parameters: Parameters | list[Parameters]
+        self, prompts: Iterable[Prompt], parameters: Parameters | list[Parameters]
     ) -> list[list[Completion]]:
         """Answer prompts, taken as they are: `n` completions each, in the prompts' order.
 
@@ -127,6 +128,7 @@ class Runtime:
         wrong, before any is answered, and Busy.
         """
         self.require_loaded()
+        prompts = list(prompts)
         each = [parameters] * len(prompts) if isinstance(parameters, Parameters) else parameters
         requests = [
             (self.encode(*request), request[1]) for request in zip(prompts, each, strict=True)
@@ -146,7 +148,7 @@ class Runtime:
         return answers
 
     def stream(
-        self, prompt: str, parameters: Parameters
+        self, prompt: Prompt, parameters: Parameters
     ) -> Generator[tuple[int, str | Completion], None, None]:
         """Answer one prompt in pieces: (choice, piece of text), at the end (choice, Completion).
 
@@ -183,9 +185,11 @@ class Runtime:
         self.scheduler.submit(sequences, may_wait)
         return sequences
 
-    def encode(self, prompt: str, parameters: Parameters) -> list[int]:
-        """The prompt's tokens; RequestError where it is no text, empty, or too long to answer."""
-        tokens = self.tokenizer.encode(require_text("prompt", prompt))
+    def encode(self, prompt: Prompt, parameters: Parameters) -> list[int]:
+        """The prompt's tokens; RequestError if it is no text, empty, or too long to answer."""
+        tokens = prompt
+        if not isinstance(tokens, list):
+            tokens = self.tokenizer.encode(require_text("prompt", prompt))
         if not tokens:
             raise RequestError("prompt is empty; it must hold at least one token")
         total = len(tokens) + parameters.max_tokens
@@ -200,6 +204,11 @@ class Runtime:
         """The prompt that the checkpoint's chat template makes, up to the assistant's turn."""
         self.require_loaded()
         return self.tokenizer.render(messages)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """The tokens of that prompt, in which no message's content can forge a turn."""
+        self.require_loaded()
+        return self.tokenizer.encode_chat(messages)
 
     def log_probabilities(self, tokens: list[int]) -> np.ndarray:
         """Natural-log probabilities of the token after each: float32 [tokens, vocabulary]."""
