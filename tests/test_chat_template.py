@@ -33,7 +33,8 @@ TEMPLATES = {
     "lines": "{% for m in messages %}\n    {% if m.role == 'user' %}\n<user>{{ m.content }}\n"
     "    {% else %}\n<other>{{ m.content }}\n    {% endif %}\n{% endfor %}\n",
     "loops": "{% set ns = namespace(n=0) %}{% for m in messages %}"
-    "{% if loop.index > 4 %}{% break %}{% endif %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ bos_token }}{% endfor %}",
+    "{% if loop.index > 4 %}{% break %}{% endif %}"
+    "{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ bos_token }}{% endfor %}",
     "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
     "{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}>{% endif %}",
