@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
 
 from slm.config import ROOT, Config
-from slm.errors import InputError, UnreachableError, one_line
+from slm.errors import InputError, UnreachableError
 
 log = logging.getLogger("slm.tracking")
 
@@ -41,7 +42,8 @@ def settle_tracking() -> None:
             log.debug("%s", error)
             raise UnreachableError(
                 f"the tracking server {shown_tracking_uri()} cannot be reached, or refuses: "
-                f"{one_line(error)[:300]} Start it, or set MLFLOW_TRACKING_URI."
+                f"{textwrap.shorten(str(error), 300, placeholder='…')} "
+                "Start it, or set MLFLOW_TRACKING_URI."
             ) from error
 
 
