@@ -171,8 +171,7 @@ def champion_against(candidate: LoggedModel, config: Config) -> Champion | None:
     version = version_with_alias(mlflow.MlflowClient(), name, CHAMPION)
     if version is None or version.tags.get(CONTENT) == candidate.content:
         return None
-    uri = version_uri(version)
-    return Champion(uri, LoggedModel.load(uri), version.tags.get(EVALUATED_WITH, ""))
+    return Champion(version_uri(version), version.tags.get(EVALUATED_WITH, ""))
 
 
 def weight_digests(*models: LoggedModel) -> dict[str, str]:

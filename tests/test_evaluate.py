@@ -40,7 +40,7 @@ from slm.evaluation.worker import measure_candidate
 from slm.records import Evaluation, LoggedModel
 from slm.registry.names import version_with_alias
 from slm.running.command import split_overrides
-from steps.evaluate import logged_pair, reasons_of
+from steps.evaluate import champion_against, logged_pair, reasons_of
 from tests.conftest import TINY, Generations, Packaged, composed, tracking
 from tests.registry_state import CHAT
 
@@ -432,7 +432,7 @@ def test_the_champions_metrics_are_those_that_were_logged_or_measured_again(
         version = version_with_alias(registry.client, CHAT, "champion")
         assert version is not None
         model = LoggedModel.load(f"models:/{CHAT}/{version.version}")
-        champion = Champion(f"models:/{CHAT}/1", model, registry.first.reference)
+        champion = Champion(f"models:/{CHAT}/1", registry.first.reference)
         other = replace(measuring, conditions="one machine")
         with mlflow.start_run() as run:
             mlflow.log_metrics({"perplexity": 5.0}, model_id=model.model_id)
@@ -447,6 +447,26 @@ def test_the_champions_metrics_are_those_that_were_logged_or_measured_again(
         measured = metrics(measuring)
         assert measured["kl_divergence"] > 0.1
         assert metrics(other, again=True)["kl_divergence"] == measured["kl_divergence"]
+
+
+def test_a_champion_that_is_gone_stops_no_evaluation(
+    registry: Generations,
+    packaged: Packaged,
+    measuring: Measuring,
+    measured_checkpoint: Measurement,
+) -> None:
+    [lead, *_] = registry.second.candidates
+    registry.client.delete_logged_model(lead.removeprefix("models:/"))
+    registry.client.set_registered_model_alias(CHAT, "champion", "2")
+    with tracking(registry):
+        [chat] = [model for model in packaged.candidates.models if model.interface == "chat"]
+        champion = champion_against(chat, composed())
+        assert champion is not None and champion.uri == f"models:/{CHAT}/2"
+        gone = replace(champion, uri="models:/m-00000000000000000000000000000000")
+        for missing in (gone, replace(champion, reference_uri="")):
+            reference = packaged.reference
+            found = measure_champion(missing, reference, measured_checkpoint, measuring, True)
+            assert not found.metrics and "champion" in found.failures
 
 
 def test_the_report_shows_how_the_candidate_stands_to_the_champion(

@@ -25,6 +25,7 @@ from slm.digests import digest_of
 from slm.errors import StepError, UserError, one_line
 from slm.evaluation.worker import Found, Prompt, Request
 from slm.records import LoggedModel, from_json
+from slm.running.tracking import store_variables
 from slm.running.work import code_digests, keep, versions
 
 log = logging.getLogger("slm.measure")
@@ -40,10 +41,9 @@ CONDITIONS, MEASURED_IN = "conditions", "measured_in"
 
 @dataclass(frozen=True)
 class Champion:
-    """The registered version that a candidate stands against: its URI, model and checkpoint."""
+    """The URIs of the registered version that a candidate stands against, and of its checkpoint."""
 
     uri: str
-    model: LoggedModel
     reference_uri: str
 
 
@@ -147,19 +147,21 @@ def measure_champion(
 ) -> Found:
     """The champion's metrics as they were logged, if they can be compared; else measured.
 
-    A champion exported from another checkpoint is compared with that one.
+    A champion exported from another checkpoint is compared with that one. One that is broken, or
+    whose files are gone, stops nothing: `failures` say so.
     """
-    if not again and (metrics := logged_metrics(champion.model, measuring.conditions)):
-        log.info("the champion's metrics are read from its logged model")
-        return Found(metrics)
-    log.info("measuring the champion %s", champion.uri)
     try:
+        model = LoggedModel.load(champion.uri)
+        if not again and (metrics := logged_metrics(model, measuring.conditions)):
+            log.info("the champion's metrics are read from its logged model")
+            return Found(metrics)
+        log.info("measuring the champion %s", champion.uri)
         own = LoggedModel.load(champion.reference_uri)
         if own.content != reference.content:
             log.info("measuring its checkpoint %s", own.uri)
             measured = measuring.measure(own)
-        found = measuring.measure(champion.model, measured, again).found
-    except (UserError, MlflowException) as error:  # its files are gone, say
+        found = measuring.measure(model, measured, again).found
+    except (UserError, MlflowException) as error:
         found = Found(failures={"champion": one_line(error)})
     if found.unavailable or found.failures:
         log.warning("the champion: %s", found.unavailable or found.failures)
@@ -207,11 +209,7 @@ def run_worker(
     command = [sys.executable, "-m", WORKER, model.uri, "--out", str(out), "--request", str(told)]
     command += ["--reference", against.uri] if against else []
     command += ["--only-load"] if only_load else []
-    stores = {
-        "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
-        "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
-    }
-    process = subprocess.run(command, cwd=ROOT, env={**os.environ, **stores})
+    process = subprocess.run(command, cwd=ROOT, env={**os.environ, **store_variables()})
     if (out / "found.json").is_file():
         found = from_json(Found, json.loads((out / "found.json").read_text()))
     elif model.is_onnx and -process.returncode in CRASHES:

@@ -20,7 +20,7 @@ from slm.proof import prove
 from slm.records import Evaluation, LoggedModel
 from slm.registry import names
 from slm.registry.names import aliases_of, cut, registered_name, version_uri
-from slm.running.tracking import TEXT_LIMIT, logged_model_exists
+from slm.running.tracking import TEXT_LIMIT, logged_model_exists, store_variables
 
 log = logging.getLogger("slm.registry")
 
@@ -174,12 +174,8 @@ def prove_versions(
     uris = [version_uri(version) for version in unproven]
     log.info("register: loading %s in a fresh process", ", ".join(uris))
     with tempfile.TemporaryDirectory() as scratch:
-        stores = {
-            "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
-            "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
-            "TMPDIR": scratch,  # where MLflow downloads to, and leaves it
-        }
-        complaint = prove(uris, environment=stores)
+        # MLflow downloads to TMPDIR, and leaves it there.
+        complaint = prove(uris, environment={**store_variables(), "TMPDIR": scratch})
     if complaint:
         raise StepError(f"registered but not promoted: {complaint}")
     for version in unproven:

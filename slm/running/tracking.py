@@ -61,6 +61,14 @@ def absolute_uri(uri: str) -> str:
     return uri
 
 
+def store_variables() -> dict[str, str]:
+    """The environment in which a process of its own uses the same stores."""
+    return {
+        "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+        "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
+    }
+
+
 @contextlib.contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
     """Set environment variables for a while."""
