@@ -13,7 +13,7 @@ run: $(READY)  ## package the default model for the default target
 	PATH="$(BIN):$$PATH" mlflow run . --env-manager local
 
 test: lint  ## checks, then the tests on the real small model
-	"$(BIN)/python" -m pytest
+	"$(BIN)/python" -m pytest -n 2 --dist loadgroup
 
 lint: $(READY)
 	"$(BIN)/ruff" check .

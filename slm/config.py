@@ -38,6 +38,35 @@ class Precision(enum.Enum):
     fp16 = "fp16"
     fp32 = "fp32"
 
+    @property
+    def bits(self) -> int | None:
+        """Of a quantized weight; None where weights are floats."""
+        return {"int4": 4, "int8": 8}.get(self.value)
+
+
+class Quantizer(enum.Enum):
+    """Who rounds the weights to int4 or int8.
+
+    `rtn` is the exporter's own round to nearest, one tensor at a time: the builder's `default` to
+    the bit. `builder` leaves it to the builder and its options, at three times the memory.
+    """
+
+    rtn = "rtn"
+    builder = "builder"
+
+
+class Graph(enum.Enum):
+    """Who makes the graph; `auto` is the first of them whose twin agrees with transformers."""
+
+    genai = "genai"
+    mobius = "mobius"
+    auto = "auto"
+
+    @property
+    def makers(self) -> list[str]:
+        every = [graph.value for graph in Graph if graph is not Graph.auto]
+        return every if self is Graph.auto else [self.value]
+
 
 def user_cache() -> str:
     """The folder for outcomes that no one chose another place for, which outlives every clone."""
@@ -129,10 +158,33 @@ class Target:
     execution_provider: ExecutionProvider = MISSING
     precision: Precision = MISSING
     runtime_package: str = MISSING
+    quantizer: Quantizer = Quantizer.builder
     builder_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_name("target.name", self.name)
+        options = self.builder_options
+        if self.quantizer is Quantizer.rtn and (
+            options.get("algo_config", "default") != "default" or "block_size" not in options
+        ):
+            raise InputError(
+                f"target.quantizer=rtn needs a block_size, and no algo_config but default; found "
+                f"{options}. Other algorithms are the builder's: target.quantizer=builder."
+            )
+
+
+@dataclass
+class Export:
+    """How a checkpoint becomes a graph; `parity_tokens` bounds the text on which it is compared."""
+
+    graph: Graph = MISSING
+    parity_tokens: int = MISSING
+
+    def __post_init__(self) -> None:
+        if isinstance(self.parity_tokens, int) and self.parity_tokens < 2:
+            raise InputError(
+                f"export.parity_tokens is {self.parity_tokens}; it must be at least 2."
+            )
 
 
 class Interface(enum.Enum):
@@ -265,6 +317,7 @@ class Config:
 
     model: Model = field(default_factory=Model)
     target: Target = field(default_factory=Target)
+    export: Export = field(default_factory=Export)
     log_pyfunc: LogPyfunc = field(default_factory=LogPyfunc)
     evaluate: Evaluate = field(default_factory=Evaluate)
     register: Register = field(default_factory=Register)

@@ -21,7 +21,7 @@ class Provenance:
 
     A checkpoint has a `source`. An ONNX folder has a `target`, and inside it the provenance of the
     `checkpoint` that it was exported from; `checked_on` is the execution provider that it generated
-    on, or "none".
+    on, or "none". `graph` is who made the graph, and `refused` why others were not taken, by name.
     """
 
     files: dict[str, str]
@@ -32,6 +32,9 @@ class Provenance:
     licence: str = ""
     target: str = ""
     checked_on: str = ""
+    graph: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
+    quantizer: str = ""
     builder_arguments: list[str] = field(default_factory=list)
     checkpoint: "Provenance | None" = None
 

@@ -40,12 +40,21 @@ class OnnxModel:
     """An ONNX folder; `checked_on` is the execution provider that it generated on, or "none".
 
     `tokenizer_differences` counts the probe texts that it encodes otherwise than the checkpoint.
+    `graph` is who made the graph, and `refused` why others were not taken. The float32 twin of
+    `parity_layers` layers was compared with transformers on `parity_tokens` tokens in `parity_s`;
+    `parity_kl` (nats) is the worst of all positions.
     """
 
     uri: str
     target: str
     checked_on: str
     tokenizer_differences: int
+    graph: str
+    refused: dict[str, str]
+    parity_layers: int
+    parity_tokens: int
+    parity_kl: float
+    parity_s: float
     size_mb: float
     build_s: float
     peak_rss_mb: float

@@ -1,43 +1,73 @@
-"""Export a checkpoint to ONNX for one hardware target, with onnxruntime-genai's builder.
+"""Export a checkpoint to ONNX for one hardware target.
 
     python -m steps.export_onnx target=cpu-int4-rtn-block-32-acc-level-4 source=/data/checkpoint
+    python -m steps.export_onnx source=/data/checkpoint export.graph=auto
 
-An export counts only once its tokenizer agrees with the checkpoint's, and it has loaded and
+An export counts only once a float32 twin of its graph agrees with transformers
+(slm/exporters/parity.py), its tokenizer agrees with the checkpoint's, and it has loaded and
 generated (slm/exporters/checks.py).
 """
 
+import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from slm.config import Config, Target
+from slm.config import ROOT, Config, Export, Target
 from slm.digests import Provenance, read_provenance, require_files, size_mb, write_provenance
-from slm.exporters.builder import build, builder_arguments
+from slm.exporters.builder import builder_arguments
 from slm.exporters.checks import require_it_generates
+from slm.exporters.process import run_worker
+from slm.exporters.worker import Request
 from slm.records import OnnxModel
 from slm.running.command import entry_point
 from slm.running.run import run_step
 from slm.running.tracking import local_path
 from slm.running.work import versions
 
-LIBRARIES = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
+LIBRARIES = (
+    "onnxruntime-genai",
+    "mobius-onnx",
+    "onnxruntime",
+    "onnx",
+    "onnx-ir",
+    "torch",
+    "transformers",
+)
+# What twins are compared on: prose and dialogue in several languages.
+TEXTS = ROOT / "data" / "texts.jsonl"
 
 
 def export_onnx(
-    checkpoint: Path, provenance: Provenance, target: Target, folder: Path
+    checkpoint: Path, provenance: Provenance, target: Target, settings: Export, folder: Path
 ) -> OnnxModel:
-    """Run the builder, check what it wrote, and record how it was made."""
-    onnx = folder / "onnx"
-    arguments = builder_arguments(target)
-    build_s, peak_rss_mb = build(checkpoint, arguments, onnx, folder / "cache")
+    """Make the graph and its weights, check them, and record how they were made."""
+    onnx, scratch = folder / "onnx", folder / "scratch"
+    texts = [json.loads(line)["text"] for line in TEXTS.read_text().splitlines()]
+    request = Request(
+        checkpoint=str(checkpoint),
+        onnx=str(onnx),
+        scratch=str(scratch),
+        target=target,
+        makers=settings.graph.makers,
+        text="\n".join(texts),
+        parity_tokens=settings.parity_tokens,
+    )
+    exported = run_worker(request)
+    shutil.rmtree(scratch)
     require_files(
         onnx, "genai_config.json", "tokenizer.json", "tokenizer_config.json", made_by="export_onnx"
     )
     checked_on, differences = require_it_generates(onnx, checkpoint, target)
+    arguments = builder_arguments(target) if exported.graph == "genai" else []
     onnx_provenance = write_provenance(
         onnx,
         checkpoint=provenance,
         target=target.name,
         checked_on=checked_on,
+        graph=exported.graph,
+        refused=exported.refused,
+        quantizer=target.quantizer.value if target.precision.bits else "",
         builder_arguments=arguments,
         versions=versions(*LIBRARIES),
     )
@@ -46,9 +76,15 @@ def export_onnx(
         target=target.name,
         checked_on=checked_on,
         tokenizer_differences=differences,
+        graph=exported.graph,
+        refused=exported.refused,
+        parity_layers=exported.parity.layers,
+        parity_tokens=exported.parity.tokens,
+        parity_kl=exported.parity.kl_divergence,
+        parity_s=exported.parity.seconds,
         size_mb=size_mb(onnx),
-        build_s=build_s,
-        peak_rss_mb=peak_rss_mb,
+        build_s=exported.build_s,
+        peak_rss_mb=exported.peak_rss_mb,
         builder_arguments=arguments,
         versions=onnx_provenance.versions,
         files=onnx_provenance.files,
@@ -66,9 +102,12 @@ def main(config: Config) -> OnnxModel:
         key={
             "checkpoint": provenance.json(),
             "target": asdict(config.target),
+            "export": asdict(config.export),
             "versions": versions(*LIBRARIES),
         },
-        make=lambda folder: export_onnx(checkpoint, provenance, config.target, folder),
+        make=lambda folder: export_onnx(
+            checkpoint, provenance, config.target, config.export, folder
+        ),
     )
 
 

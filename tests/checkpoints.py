@@ -35,8 +35,28 @@ def write_tiny(folder: Path, tokenizer: Path, architecture: str = "Llama", **con
     shape = {**TINY_SHAPE, **special, "pad_token_id": special["eos_token_id"], **config}
     torch.manual_seed(0)
     model_config = getattr(transformers, f"{architecture}Config")(**shape)
-    model = getattr(transformers, f"{architecture}ForCausalLM")(model_config)
+    model = transformers.AutoModelForCausalLM.from_config(model_config)
     model.save_pretrained(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer of the letters, and the part of a configuration that `write_tiny` reads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    ids = {"vocab_size": len(vocabulary), "bos_token_id": 0, "eos_token_id": 1}
+    (folder / "config.json").write_text(json.dumps(ids))
     return folder
 
 

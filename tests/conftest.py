@@ -3,16 +3,19 @@
 import contextlib
 import importlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import mlflow
 import pytest
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -20,7 +23,9 @@ from slm.config import CONF, ROOT, Config, Interface
 from slm.digests import read_provenance
 from slm.evaluation.data import read_prompts, read_texts
 from slm.evaluation.measure import Inputs, Measurement, Measuring, request_of
-from slm.exporters.builder import build, builder_arguments
+from slm.exporters.builder import make
+from slm.exporters.graph import Rtn, write
+from slm.exporters.worker import silent
 from slm.records import (
     Checkpoint,
     Evaluation,
@@ -151,17 +156,53 @@ class Packaged(Project):
         return [candidates, f"reference={self.reference.uri}"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put first what needs no packaged model, but for one test: the first worker packages it."""
+
+    def rank(item: pytest.Item) -> int:
+        return int("packaged" in getattr(item, "fixturenames", []))
+
+    items.sort(key=rank)
+    first = next((item for item in items if rank(item)), None)
+    if first is not None:
+        items.remove(first)
+        items.insert(0, first)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder for the session that the first worker to ask for it makes, and all read."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.with_suffix(".whole").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            folder.with_suffix(".whole").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def packaged(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
     """A project in which `main` ran to its end; tests read it, and add under other keys."""
-    project = Project(tmp_path_factory.mktemp("packaged"))
-    create_experiment(project.folder)
-    process = project.mlflow_run("main", f"overrides={TINY}")
-    assert process.returncode == 0, process.stderr[-3000:]
-    [run] = project.client.search_runs(["1"], "tags.mlflow.project.entryPoint = 'main'")
+
+    def package(folder: Path) -> None:
+        project = Project(folder)
+        create_experiment(folder)
+        process = project.mlflow_run("main", f"overrides={TINY}")
+        assert process.returncode == 0, process.stderr[-3000:]
+        (folder / "stdout.txt").write_text(process.stdout)
+
+    project = Project(made_once(tmp_path_factory, "packaged", package))
+    [run] = project.client.search_runs(
+        ["1"],
+        "tags.mlflow.project.entryPoint = 'main'",
+        order_by=["attributes.start_time"],
+        max_results=1,
+    )
     with tracking(project):
         outcomes = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/result.json")
-    return Packaged(project.folder, process.stdout, outcomes)
+    return Packaged(project.folder, (project.folder / "stdout.txt").read_text(), outcomes)
 
 
 @pytest.fixture(scope="session")
@@ -208,9 +249,10 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_onnx(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX folder of `tiny`."""
-    folder = tmp_path_factory.mktemp("tiny-onnx")
-    build(tiny, builder_arguments(composed().target), folder / "onnx", folder / "cache")
-    return folder / "onnx"
+    folder, target = tmp_path_factory.mktemp("tiny-onnx") / "onnx", composed().target
+    rtn = Rtn(4, target.builder_options["block_size"], target.builder_options["accuracy_level"])
+    make(tiny, target, target.precision, folder, partial(write, rtn=rtn, said=silent))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,26 +1,32 @@
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
+from safetensors.torch import load_file, save_file
 
 from slm.digests import write_provenance
 from slm.errors import InputError, StepError
-from slm.exporters.builder import run_builder
+from slm.exporters import graph, mobius
+from slm.exporters.builder import make as make_by_builder
 from slm.exporters.checks import require_same_tokens
+from slm.exporters.process import run_worker
+from slm.exporters.worker import Request, silent
 from slm_pyfunc.engine.runtime import Runtime
 from slm_pyfunc.parameters import Parameters
-from tests.conftest import Packaged
+from tests.conftest import Packaged, composed
 
 
 def test_an_export_loads_generates_and_says_how_it_was_made(packaged: Packaged, onnx: Path) -> None:
     outcome = packaged.exported
     assert outcome.checked_on == "cpu"
-    assert outcome.builder_arguments[-3:] == [
-        "algo_config=default",
-        "block_size=32",
-        "accuracy_level=4",
-    ]
+    told = ["algo_config=default", "block_size=32", "accuracy_level=4"]
+    assert outcome.builder_arguments[-3:] == told
+    assert (outcome.graph, outcome.refused) == ("genai", {})
+    assert outcome.parity_kl < 1e-5 and outcome.parity_layers == 2
     assert outcome.versions["onnxruntime-genai"] == "0.18.0"
     assert outcome.tokenizer_differences == 0
     assert 80 < outcome.size_mb < 100 and outcome.peak_rss_mb > 500 and outcome.build_s > 0
@@ -33,6 +39,48 @@ def test_the_exported_model_answers_in_english(onnx: Path) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
     [[answer]] = runtime.answer([runtime.render(question)], Parameters(max_tokens=32))
     assert "Paris" in answer.text
+
+
+def test_weights_are_rounded_as_the_builder_rounds_them_to_the_bit(
+    tiny: Path, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    target = composed().target
+    make_by_builder(tiny, target, target.precision, tmp_path / "onnx", None)
+    ours, theirs = (
+        ir.load(folder / "model.onnx").graph for folder in (tiny_onnx, tmp_path / "onnx")
+    )
+    assert [node.op_type for node in ours] == [node.op_type for node in theirs]
+    assert set(ours.initializers) == set(theirs.initializers)
+    for name, value in ours.initializers.items():
+        found, expected = value.const_value, theirs.initializers[name].const_value
+        assert found is not None and expected is not None
+        assert found.dtype == expected.dtype and found.tobytes() == expected.tobytes(), name
+
+
+def test_both_makers_graphs_of_one_checkpoint_answer_alike(
+    tiny: Path, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    target = composed().target
+    write = partial(graph.write, rtn=graph.Rtn(4, 32, 4), said=silent)
+    mobius.make(tiny, target, target.precision, tmp_path / "onnx", write)
+    genai, other = Runtime(tiny_onnx), Runtime(tmp_path / "onnx")
+    assert (tmp_path / "onnx" / "model.onnx.data").stat().st_size < 3e6  # the embedding too is int4
+    assert (genai.context_length, genai.defaults) == (other.context_length, other.defaults)
+    assert genai.tokenizer.end_tokens == other.tokenizer.end_tokens
+    tokens = genai.tokenizer.encode("Some text, and what comes after it.")
+    found, expected = other.log_probabilities(tokens), genai.log_probabilities(tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_a_weight_that_is_not_finite_is_named(tiny: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(tiny, tmp_path / "checkpoint")
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    target = composed().target
+    write = partial(graph.write, rtn=graph.Rtn(4, 32, 4), said=silent)
+    with pytest.raises(StepError, match=r"layers.1.mlp.up_proj\S* holds NaN or infinity"):
+        make_by_builder(checkpoint, target, target.precision, tmp_path / "onnx", write)
 
 
 def test_a_tokenizer_that_the_runtime_reads_otherwise_is_refused(
@@ -50,11 +98,12 @@ def test_a_tokenizer_that_the_runtime_reads_otherwise_is_refused(
         require_same_tokens(Runtime(broken), tiny)
 
 
-def test_a_builder_that_fails_says_its_last_line(tmp_path: Path) -> None:
+def test_an_exporter_that_fails_says_its_last_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    scratch, onnx = str(tmp_path / "scratch"), str(tmp_path / "onnx")
+    request = Request(str(tmp_path), onnx, scratch, composed().target, ["genai"], "text", 64)
     with pytest.raises(StepError, match=r"failed, exit code 1: .*ValueError: Unrecognized model"):
-        arguments = ["-i", str(tmp_path), "-o", str(tmp_path / "out"), "-p", "int4", "-e", "cpu"]
-        run_builder(arguments, 1, tmp_path / "cache")
+        run_worker(request)
 
 
 def test_an_architecture_that_the_builder_lacks_is_one_line(
@@ -63,7 +112,7 @@ def test_an_architecture_that_the_builder_lacks_is_one_line(
     checkpoint = shutil.copytree(tiny, tmp_path / "checkpoint")
     config = (checkpoint / "config.json").read_text().replace("LlamaFor", "GPTNeoFor")
     (checkpoint / "config.json").write_text(config)
-    words = "^the model builder does not support GPTNeoForCausalLM.$"
+    words = "genai: the model builder does not support GPTNeoForCausalLM.*Try export.graph=auto"
     with pytest.raises(StepError, match=words):
         packaged.call("export_onnx", f"source={checkpoint}")
 

@@ -10,8 +10,6 @@ import argparse
 import json
 import logging
 import math
-import re
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,6 +25,7 @@ from slm.evaluation.models import Answer, Genai, Messages, Model, Transformers
 from slm.evaluation.speed import measure_speed
 from slm.records import from_json
 from slm.running.logs import set_up_logging
+from slm.running.memory import peak_rss_mb
 
 log = logging.getLogger("slm.measure")
 
@@ -196,16 +195,6 @@ PARTS: dict[str, Callable[[Genai, Request, Path], Found]] = {
     "scores": fidelity_of,
     "tasks": harness_of,
 }
-
-
-def peak_rss_mb() -> float:
-    """Peak resident memory of this program, in MB (10^6 bytes)."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # unlike ru_maxrss, begins anew with the program
-        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        assert peak is not None
-        return int(peak.group(1)) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts bytes
 
 
 def main() -> None:

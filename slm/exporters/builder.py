@@ -1,98 +1,133 @@
-"""onnxruntime-genai's model builder, run as a process of its own."""
+"""Graphs by onnxruntime-genai's model builder, called in this process.
 
-import collections
-import json
-import logging
-import os
-import re
-import signal
-import subprocess
+Memory would go where the builder quantizes a whole float model at once, so `save` (graph.py) takes
+over where the graph is made. The functions that set a configuration right each stand for a fault of
+onnxruntime-genai 0.18, found by parity.py.
+"""
+
+import contextlib
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
+import onnx_ir as ir
 
-from slm.config import Target
+from slm.config import ExecutionProvider, Precision, Target
 from slm.errors import StepError
 
-log = logging.getLogger("slm.export")
+Save = Callable[[ir.Model, Path], None]
+
+
+def make(
+    checkpoint: Path, target: Target, precision: Precision, folder: Path, save: Save | None
+) -> None:
+    """Make the ONNX folder of a checkpoint.
+
+    `save` writes its graph; None leaves quantizing and writing to the builder. Raises StepError if
+    the builder does not know the architecture.
+    """
+    import onnxruntime_genai.models.builder as builder
+    from builders.base import Model  # the name under which the builder imports it
+
+    place = (str(checkpoint), str(folder), precision.value, provider(target, precision))
+    cache = str(folder.with_name("cache"))
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
+        options = builder.parse_extra_options("", *place, cache, extra_options(target))
+        config = options["hf_details"]["hf_config"]
+        for mend in (window_of_every_layer, rope_of_newer_configurations):
+            mend(config)
+        stack.enter_context(rope_of_any_model())
+        if save is not None:
+            stack.enter_context(patched(Model, "save_model", saving_by(save)))
+        try:
+            builder.create_model("", *place, cache, **options)
+        except NotImplementedError as error:
+            unknown = "model is not currently supported" in str(error)
+            what = config.architectures[0] if unknown else f"it: {error}"
+            raise StepError(f"the model builder does not support {what}") from error
 
 
 def builder_arguments(target: Target) -> list[str]:
-    """What the builder is told of a target."""
-    options = [f"{key}={value}" for key, value in target.builder_options.items()]
-    arguments = ["-p", target.precision.value, "-e", target.execution_provider.value]
-    return [*arguments, "--extra_options", *options] if options else arguments
+    """What the builder is told, in the words of its command line."""
+    own = ["-p", target.precision.value, "-e", target.execution_provider.value]
+    return [*own, "--extra_options", *extra_options(target)]
 
 
-def build(checkpoint: Path, arguments: list[str], onnx: Path, cache: Path) -> tuple[float, float]:
-    """Build an ONNX folder; return the seconds that it took, and the builder's peak memory in MB.
+def provider(target: Target, precision: Precision) -> str:
+    """The builder's `-e`; it makes float32 graphs for CPUs and WebGPU alone."""
+    own = target.execution_provider
+    only_half = own in (ExecutionProvider.cuda, ExecutionProvider.dml)
+    return "cpu" if precision is Precision.fp32 and only_half else own.value
 
-    Raises StepError if the builder does not know the architecture, fails, or is killed.
+
+def extra_options(target: Target) -> list[str]:
+    """The builder's `--extra_options`. The runtime keeps whole caches, of windowed layers too."""
+    options = {"windowed_kv_cache": False, **target.builder_options}
+    return [f"{key}={str(value).lower()}" for key, value in options.items()]
+
+
+def window_of_every_layer(config: Any) -> None:
+    """Phi-3 and Mistral: the window is that of all layers, which the builder does not know."""
+    if config.model_type in ("phi3", "mistral") and config.sliding_window:
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+
+
+def rope_of_newer_configurations(config: Any) -> None:
+    """Set what the builder reads under names that transformers 5 no longer writes."""
+    rope = config.rope_parameters
+    if (
+        isinstance(rope, dict) and "sliding_attention" in rope
+    ):  # Gemma 3: one for each kind of layer
+        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+        rope = config.rope_parameters = dict(rope["full_attention"])
+        config.rope_theta = rope["rope_theta"]
+    if isinstance(rope, dict) and "rope_type" in rope:
+        rope.setdefault("type", rope["rope_type"])
+
+
+@contextlib.contextmanager
+def rope_of_any_model() -> Any:
+    """Let each model have each type of rotary embedding that the builder knows of any.
+
+    Its Llama knows `llama3` alone and drops the others without a word; its other models refuse
+    `llama3`, and `dynamic`, which changes nothing within the context length.
     """
-    config = json.loads((checkpoint / "config.json").read_text())
-    layers = config.get("num_hidden_layers", 0)
+    from builders.base import Model
+    from builders.llama import LlamaModel
+
+    llama3, others = LlamaModel.make_rope_init, Model.make_rope_init
+
+    def make_rope_init(self: Any, config: Any) -> None:
+        rope = getattr(config, "rope_parameters", None)
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind == "llama3":
+            llama3(self, config)
+        elif kind not in (None, "dynamic"):
+            others(self, config)
+
+    with (
+        patched(LlamaModel, "make_rope_init", make_rope_init),
+        patched(Model, "make_rope_init", make_rope_init),
+    ):
+        yield
+
+
+def saving_by(save: Save) -> Callable[[Any, str], None]:
+    """What takes the place of the builder's own `save_model`."""
+
+    def save_model(self: Any, folder: str) -> None:
+        self.stamp_build_metadata(self.model)
+        save(self.model, Path(folder) / self.filename)
+
+    return save_model
+
+
+@contextlib.contextmanager
+def patched(owner: type, name: str, value: Any) -> Any:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        return run_builder(["-i", str(checkpoint), "-o", str(onnx), *arguments], layers, cache)
-    except StepError as error:
-        if "model is not currently supported" not in str(error):
-            raise
-        architecture = config["architectures"][0]
-        raise StepError(f"the model builder does not support {architecture}.") from error
-
-
-def run_builder(arguments: list[str], layers: int, cache: Path) -> tuple[float, float]:
-    """Run the model builder to its end; return its seconds and its peak resident memory in MB.
-
-    As a subprocess it gives its memory back on exit.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "onnxruntime_genai.models.builder",
-        "-c",
-        str(cache),
-        *arguments,
-    ]
-    log.info("%s", " ".join(command[1:]))
-    environment = {
-        **os.environ,
-        "ORT_DISABLE_TELEMETRY": "1",
-        "PYTHONUNBUFFERED": "1",
-        "TQDM_DISABLE": "1",
-    }
-    last_lines: collections.deque[str] = collections.deque(maxlen=4)
-    start = time.monotonic()
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    try:
-        with tqdm(total=2 * layers + 2, desc="export", unit="layer", leave=False) as bar:
-            for line in process.stdout:
-                if line[:1].strip():  # not the code in a traceback
-                    last_lines.append(line.rstrip())
-                if phase := re.match(
-                    r"(Reading layer \d+|Reading embedding layer|Saving ONNX model)", line
-                ):
-                    if bar.disable and not re.match(r"Reading layer [1-9]", phase.group()):
-                        log.info("%s", phase.group().lower())
-                    bar.update()
-                elif re.search(r"complete quantization of /model/layers\.\d+/\S*down_proj", line):
-                    bar.update()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        yield
     finally:
-        if process.returncode is None:
-            process.terminate()
-            process.wait()
-    if process.returncode == -signal.SIGKILL:
-        raise StepError(
-            "the model builder was killed, most likely for lack of memory: it needs about three "
-            "times the size of a bfloat16 checkpoint."
-        )
-    if process.returncode:
-        text = " | ".join(last_lines) or "it printed nothing"
-        raise StepError(f"the model builder failed, exit code {process.returncode}: {text}")
-    return round(time.monotonic() - start, 1), round(usage.ru_maxrss / 1024 * 1.048576, 1)
+        setattr(owner, name, before)

@@ -1,0 +1,218 @@
+"""Write a graph, and round its weights to int4 or int8 on the way, one at a time.
+
+Whoever made the graph: an `onnx_ir` model whose initializers are read when they are asked for. Each
+weight goes to the external data file as soon as it is made, so that memory grows with the largest
+tensor and not with the model.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from onnxruntime.capi import _pybind_state as kernels
+
+from slm.errors import StepError
+
+MICROSOFT = "com.microsoft"
+# Where tensors begin in the data file, in bytes; large ones may be mapped into memory alone.
+LARGE, LARGE_ALIGNMENT, ALIGNMENT = 2**20, 2**16, 64
+SMALL = 1024  # bytes: tensors that stay in the graph
+
+
+@dataclass(frozen=True)
+class Rtn:
+    """Round to nearest, in blocks of `block_size` along a weight's inputs, symmetric about 0.
+
+    The scale of a block is its signed extreme over -2^(bits - 1): onnxruntime's
+    DefaultWeightOnlyQuantizer, which the model builder calls `default`, to the bit.
+    `accuracy_level` 4 rounds activations to int8 inside the matrix products, 0 leaves them.
+    """
+
+    bits: int
+    block_size: int
+    accuracy_level: int = 0
+
+    def quantize(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Round a weight [inputs, outputs].
+
+        Returns packed uint8 [outputs, blocks, block_size * bits / 8] and scales [outputs, blocks]
+        of the weight's type.
+        """
+        kernel = kernels.quantize_matmul_4bits if self.bits == 4 else kernels.quantize_matmul_8bits
+        given = weight.dtype
+        if given == ml_dtypes.bfloat16:
+            weight = weight.astype(np.float32)
+        inputs, outputs = weight.shape
+        blocks = -(-inputs // self.block_size)
+        padded = np.pad(weight, ((0, blocks * self.block_size - inputs), (0, 0)))
+        packed = np.zeros((outputs, blocks, self.block_size * self.bits // 8), np.uint8)
+        scales = np.zeros((outputs, blocks), weight.dtype)
+        zero_points = np.zeros((outputs, -(-blocks * self.bits // 8)), np.uint8)
+        kernel(packed, padded, scales, zero_points, self.block_size, outputs, inputs, True)
+        return packed, scales.astype(given)
+
+
+def write(
+    model: ir.Model, path: Path, rtn: Rtn | None, said: Callable[[int, int, str], None]
+) -> None:
+    """Write a model, its weights beside it in `path`.data, and quantize them if there is an `rtn`.
+
+    `said` is told of each tensor: how many are written, of how many, and its name. Raises StepError
+    where a weight is not finite.
+    """
+    graph = model.graph
+    products = list(weights_of_products(graph)) if rtn else []
+    weights = {product.name for product in products}
+    total = len(weights | graph.initializers.keys())
+    data_path = path.with_name(f"{path.name}.data")
+    with data_path.open("wb") as data:
+        if rtn:
+            for written, product in enumerate(products, 1):
+                quantize_product(model, product, rtn, data)
+                said(written, total, product.name)
+            remove_unused(graph)
+        values = [value for value in graph.initializers.values() if not is_written(value)]
+        for left, value in zip(reversed(range(len(values))), values, strict=True):
+            value.const_value = stored(value.const_value, data)
+            said(total - left, total, str(value.name))
+    graph.sort()
+    ir.save(model, path)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product with a constant `weight` [inputs, outputs], or `transposed`."""
+
+    node: ir.Node
+    weight: ir.Value
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        return str(self.weight.name)
+
+    def read(self) -> np.ndarray:
+        """The weight, [inputs, outputs]."""
+        assert self.weight.const_value is not None
+        array = self.weight.const_value.numpy()
+        return np.ascontiguousarray(array.T if self.transposed else array)
+
+
+def weights_of_products(graph: ir.Graph) -> Iterable[Product]:
+    """The matrix products whose weight is constant."""
+    for node in graph:
+        if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx"):
+            continue
+        weight = node.inputs[1]
+        before = weight.producer() if weight is not None else None
+        transposed = before is not None and before.op_type == "Transpose"
+        source = before.inputs[0] if transposed and before is not None else weight
+        if source is not None and source.is_initializer() and len(source.shape or ()) == 2:
+            yield Product(node, source, transposed)
+
+
+def quantize_product(model: ir.Model, product: Product, rtn: Rtn, data: BinaryIO) -> None:
+    """Put MatMulNBits in the place of a product, and its weight into the data file.
+
+    A look-up of the same weight (tied embeddings) reads the quantized one.
+    """
+    node, weight = product.node, product.weight
+    array = product.read()
+    inputs, outputs = array.shape
+    if not np.isfinite(array).all():
+        raise StepError(f"{product.name} holds NaN or infinity: the checkpoint is damaged.")
+    packed, scales = rtn.quantize(array)
+    graph = model.graph
+    constants = [
+        add_constant(graph, f"{product.name}_Q{rtn.bits}", packed, data),
+        add_constant(graph, f"{product.name}_scales", scales, data),
+    ]
+    attributes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": rtn.bits}
+    attributes |= {"block_size": rtn.block_size}
+    if rtn.accuracy_level:
+        attributes["accuracy_level"] = rtn.accuracy_level
+    replace(graph, node, "MatMulNBits", [node.inputs[0], *constants], attributes)
+    lookups = [use.node for use in weight.uses() if use.node.op_type == "Gather"]
+    for lookup in lookups if product.transposed and inputs % rtn.block_size == 0 else []:
+        row = np.array([outputs, inputs * rtn.bits // 8])
+        shape = add_constant(graph, f"{product.name}_rows", row, data)
+        rows = ir.node("Reshape", [constants[0], shape])
+        graph.insert_before(lookup, rows)
+        attributes = {"bits": rtn.bits, "block_size": rtn.block_size}
+        attributes |= {"gather_axis": 0, "quantize_axis": 1}
+        read = [rows.outputs[0], lookup.inputs[1], constants[1]]
+        replace(graph, lookup, "GatherBlockQuantized", read, attributes)
+    model.opset_imports.setdefault(MICROSOFT, 1)
+
+
+def replace(
+    graph: ir.Graph,
+    node: ir.Node,
+    op_type: str,
+    inputs: list[ir.Value | None],
+    attributes: dict[str, Any],
+) -> None:
+    """Put one of onnxruntime's own operators in the place of a node with one output."""
+    [before] = node.outputs
+    made = ir.node(op_type, inputs, attributes, domain=MICROSOFT, name=f"{node.name}_{op_type}")
+    [after] = made.outputs
+    after.name, after.type, after.shape = before.name, before.type, before.shape
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [made], [before], [after])
+
+
+def add_constant(graph: ir.Graph, name: str, array: np.ndarray, data: BinaryIO) -> ir.Value:
+    """Make an initializer of an array; the value that already has its name, if a node reads it."""
+    known = (
+        value
+        for node in graph
+        for value in node.inputs
+        if value is not None and value.name == name and value.producer() is None
+    )
+    value = next(known, None) or ir.Value(name=name)
+    value.const_value = stored(ir.Tensor(array, name=name), data)
+    value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)
+    graph.register_initializer(value)
+    return value
+
+
+def stored(tensor: ir.TensorProtocol | None, data: BinaryIO) -> ir.TensorProtocol:
+    """Append a tensor to the data file; what the graph then holds in its place.
+
+    Small ones stay in the graph: onnxruntime has to read shapes and axes before it opens the file.
+    """
+    assert tensor is not None
+    if tensor.nbytes < SMALL:
+        return tensor
+    array = tensor.tobytes()
+    alignment = LARGE_ALIGNMENT if len(array) > LARGE else ALIGNMENT
+    data.seek(-(-data.tell() // alignment) * alignment)
+    offset = data.tell()
+    data.write(array)
+    path = Path(data.name)
+    return ir.ExternalTensor(
+        path.name,
+        offset,
+        len(array),
+        tensor.dtype,
+        name=tensor.name or "",
+        shape=ir.Shape(tensor.shape.numpy()),
+        base_dir=path.parent,
+    )
+
+
+def is_written(value: ir.Value) -> bool:
+    return isinstance(value.const_value, ir.ExternalTensor)
+
+
+def remove_unused(graph: ir.Graph) -> None:
+    """Drop nodes and initializers that nothing reads any more."""
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]

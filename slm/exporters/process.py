@@ -1,0 +1,78 @@
+"""The exporter's process: started, followed, and ended with this one."""
+
+import collections
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from slm.config import ROOT
+from slm.errors import StepError
+from slm.exporters.worker import MARK, Exported, Request
+from slm.records import from_json
+from slm.running.work import enum_value
+
+log = logging.getLogger("slm.export")
+WORKER = "slm.exporters.worker"
+
+
+def run_worker(request: Request) -> Exported:
+    """Export in a process of its own. Raises StepError if it fails or is killed."""
+    scratch = Path(request.scratch)
+    scratch.mkdir(parents=True, exist_ok=True)
+    told = scratch / "request.json"
+    told.write_text(json.dumps(asdict(request), default=enum_value))
+    command = [sys.executable, "-m", WORKER, str(told)]
+    log.info("%s", " ".join(command))
+    environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**environment, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        last_lines = follow(process)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait()
+    if (scratch / "exported.json").is_file():
+        return from_json(Exported, json.loads((scratch / "exported.json").read_text()))
+    if (error := scratch / "error").is_file():
+        raise StepError(error.read_text())
+    if process.returncode == -signal.SIGKILL:
+        raise StepError("the exporter was killed, most likely for lack of memory.")
+    text = " | ".join(last_lines) or "it printed nothing"
+    raise StepError(f"the exporter failed, exit code {process.returncode}: {text}")
+
+
+def follow(process: subprocess.Popen[str]) -> list[str]:
+    """Show how far the process is until it ends; return the last lines that say something else."""
+    last_lines: collections.deque[str] = collections.deque(maxlen=4)
+    assert process.stdout is not None
+    quarter = 0
+    with tqdm(desc="export", unit="tensor", leave=False, disable=None) as bar:
+        for line in process.stdout:
+            if not line.startswith(MARK):
+                if line[:1].strip():  # not the code in a traceback
+                    last_lines.append(line.rstrip())
+                continue
+            done, total, name = json.loads(line.removeprefix(MARK))
+            if not total:
+                log.info("%s", name)
+                continue
+            bar.total, bar.n = total, done
+            bar.set_postfix_str(name[-40:])
+            if bar.disable and 4 * done // total > quarter:
+                quarter = 4 * done // total
+                log.info("%s of %s tensors written", done, total)
+    return list(last_lines)
