@@ -25,6 +25,7 @@ from slm.digests import (
     digest_of,
     read_provenance,
     require_files,
+    require_model,
     size_mb,
 )
 from slm.environments import environment_of
@@ -176,6 +177,7 @@ def main(config: Config) -> LoggedModels:
     onnx = local_path(config.source, "source", "export_onnx")
     require_files(onnx, "genai_config.json", made_by="export_onnx")
     provenance = read_provenance(onnx)
+    require_model(provenance, config.model.name)
     packaging = Packaging(
         config.model.name,
         config.target,

@@ -192,14 +192,15 @@ def test_a_chat_template_beside_a_gguf_is_that_of_the_checkpoint(
     assert AutoTokenizer.from_pretrained(folder).chat_template == template
 
 
-def test_another_source_does_not_have_the_digests_of_the_configured_one(
+def test_another_source_has_neither_digests_nor_licence_of_the_configured_one(
     packaged: Packaged, tiny: Path
 ) -> None:
-    """The README's advice: overrides=model.source=…, with the default model."""
-    fetched = packaged.call("fetch", f"model.source={tiny}", "model.name=elsewhere")
-    assert fetched.source == str(tiny)
+    """The README's advice: a source and a name of one's own, with the default model."""
+    own = [f"model.source={tiny}", "model.name=elsewhere"]
+    fetched = packaged.call("fetch", *own)
+    assert (fetched.source, fetched.licence) == (str(tiny), "unknown")
     with pytest.raises(InputError, match=r"config\.json: SHA-256 is .*; expected 00"):
-        packaged.call("fetch", f"model.source={tiny}", "+model.sha256={config.json: '00'}")
+        packaged.call("fetch", *own, "+model.sha256={config.json: '00'}")
 
 
 def test_a_tokenizer_that_cannot_be_read_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
