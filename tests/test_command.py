@@ -85,7 +85,10 @@ def test_hydra_flags_pass_through() -> None:
             "evaluate.repeat=1",
             "conf/evaluate/smoke.yaml: unknown key 'evaluate.repeat'; valid: texts",
         ),
-        ("evaluate.repeats=many", "conf/evaluate/smoke.yaml: key 'evaluate.repeats': "),
+        (
+            "evaluate.repeats=many",
+            "conf/evaluate/smoke.yaml: key 'evaluate.repeats': Value 'many' of type 'str' could ",
+        ),
         ("target.precision=int5", "expected one of [int4, int8, bf16, fp16, fp32]"),
         ("colour=red", "conf/config.yaml: unknown key 'colour'; valid: model, target"),
         ("nonsense", "command line: "),

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def run_builder(arguments: list[str], layers: int, cache: Path) -> tuple[float, 
         str(cache),
         *arguments,
     ]
-    log.info("%s", " ".join(command[1:]))
+    log.info("%s", shlex.join(command))
     environment = {
         **os.environ,
         "ORT_DISABLE_TELEMETRY": "1",
