@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from mlflow.exceptions import ExecutionException
 
 from slm.config import ROOT, Config
-from slm.errors import StepError
+from slm.errors import StepError, ToldError
 from slm.evaluation.summary import show
 from slm.records import (
     Checkpoint,
@@ -51,7 +51,10 @@ class Chain:
         self.children: dict[str, Child] = {}
 
     def run(self, step: str, outcome: type[T], **inputs: str) -> T:
-        """Run a step, and return its outcome; StepError with the step's own error if it fails."""
+        """Run a step, and return its outcome; ToldError with the step's own error if it fails.
+
+        StepError if it fails without a word: if it was killed, say.
+        """
         log.info("main: step %d: %s", len(self.children) + 1, step)
         run_id = self.start(step, {**self.parameters, **inputs})
         run = mlflow.get_run(run_id)
@@ -81,8 +84,9 @@ class Chain:
                 order_by=["attributes.start_time DESC"],
                 max_results=1,
             )
-            reason = children[0].data.tags.get("error", str(error)) if children else str(error)
-            raise StepError(f"{step} failed: {reason}") from error
+            if children and (reason := children[0].data.tags.get("error")):
+                raise ToldError(f"{step} failed: {reason}") from error
+            raise StepError(f"{step} failed: {error}") from error
 
 
 def package(chain: Chain) -> tuple[Evaluation, Registration]:

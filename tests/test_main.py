@@ -133,10 +133,12 @@ def test_the_same_content_makes_no_second_version_without_the_work_folder(
 
 
 def test_main_stops_at_the_first_failure_with_that_steps_error(project: Project) -> None:
-    process = project.mlflow_run("main", "overrides=model.source=/no/such/folder")
+    overrides = "overrides=model.source=/no/such/folder model.name=mine"
+    process = project.mlflow_run("main", overrides)
     assert process.returncode == 1
-    words = "main: fetch failed: model.source=/no/such/folder: no such folder."
-    assert words in process.stderr
+    assert "\nfetch: model.source=/no/such/folder: no such folder." in process.stderr
+    for once in ("no such folder.", "does not apply"):
+        assert process.stderr.count(once) == 1
     assert "Traceback" not in process.stderr
     runs = project.client.search_runs(["1"])
     assert len(runs) == 2 and {run.info.status for run in runs} == {"FAILED"}

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from slm.config import CONF, ROOT, Config
-from slm.errors import InputError, UserError, one_line, words_for
+from slm.errors import InputError, ToldError, UserError, one_line, words_for
 from slm.running.hydra_errors import explain
 from slm.running.logs import set_up_logging
 from slm.running.tracking import end_run_with_error, environment, settle_tracking
@@ -141,7 +141,7 @@ def report(name: str, error: Exception, show_traceback: bool) -> None:
         text = f"{type(error).__name__}: {one_line(error)}"
         end_run_with_error(name, text, traceback=traceback.format_exc())
     else:
-        end_run_with_error(name, words)
+        end_run_with_error(name, words, told=isinstance(error, ToldError))
 
 
 def parameters_of(name: str) -> list[str]:

@@ -107,13 +107,18 @@ def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
 
 
 def end_run_with_error(
-    name: str, message: str, status: str = "FAILED", traceback: str | None = None
+    name: str,
+    message: str,
+    status: str = "FAILED",
+    traceback: str | None = None,
+    told: bool = False,
 ) -> None:
-    """Print one line, and end the MLflow run with that line as its tag `error`.
+    """Print one line, unless it was `told`, and end the MLflow run with it as its tag `error`.
 
     The `traceback` of an unexpected error becomes the run's artifact traceback.txt.
     """
-    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    if not told:
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(MlflowException, OSError):
         if mlflow.active_run() is None and "MLFLOW_RUN_ID" in os.environ:
             mlflow.start_run()
