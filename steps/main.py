@@ -28,7 +28,7 @@ from slm.records import (
     from_json,
 )
 from slm.running.command import entry_point
-from slm.running.tracking import mlflow_run, shown_tracking_uri
+from slm.running.tracking import mlflow_run, shown, store_variables
 from slm.running.work import Outcome, T, enum_value, work_folder
 
 log = logging.getLogger("slm.main")
@@ -112,18 +112,24 @@ def overrides_for_children() -> list[str]:
     return [*search_path, *own]
 
 
-def next_lines(work: str, evaluation: Evaluation, registration: Registration) -> dict[str, str]:
+def next_lines(work: str, report: str, registered: str) -> dict[str, str]:
     """Where things lie, and what to do next: commands that work in any terminal and folder."""
-    tracking = shown_tracking_uri()
+    stores = store_variables()
+    tracking, registry = (shlex.quote(shown(uri)) for uri in stores.values())
     scripts = Path(sys.executable).parent
     mlflow_command = shlex.quote(str(scripts / "mlflow"))
-    look = f"{mlflow_command} ui --backend-store-uri {shlex.quote(tracking)}"
-    serve = f"PATH={shlex.quote(str(scripts))}:$PATH "  # the scoring server starts uvicorn by name
-    serve += f"MLFLOW_TRACKING_URI={shlex.quote(tracking)} {mlflow_command} models serve "
-    serve += f"-m {registration.uri} --env-manager local -p 5001"
+    look = f"{mlflow_command} ui --backend-store-uri {tracking}"
+    serve = f"{mlflow_command} models serve -m {registered} --env-manager local -p 5001"
+    if registry != tracking:
+        look += f" --registry-store-uri {registry}"
+        serve = f"MLFLOW_REGISTRY_URI={registry} {serve}"
+    # The scoring server starts uvicorn by name.
+    serve = f"PATH={shlex.quote(str(scripts))}:$PATH MLFLOW_TRACKING_URI={tracking} {serve}"
+    if any(uri.startswith("file:") for uri in stores.values()):  # MLflow 3.17 wants to be told so
+        look, serve = (f"MLFLOW_ALLOW_FILE_STORE=true {line}" for line in (look, serve))
     return {
         "Work": str(work_folder(work)),
-        "Report": evaluation.report,
+        "Report": report,
         "Look": tracking if tracking.startswith("http") else look,
         "Serve": serve,
     }
@@ -145,7 +151,8 @@ def main(config: Config) -> None:
         [step, f"{child.duration_s:.1f}", ("reused " if child.reused else "") + child.outcome.uri]
         for step, child in chain.children.items()
     ]
-    show(rows, evaluation, registration, next_lines(config.paths.work, evaluation, registration))
+    lines = next_lines(config.paths.work, evaluation.report, registration.uri)
+    show(rows, evaluation, registration, lines)
 
 
 def summary_of(chain: Chain) -> str:

@@ -17,6 +17,7 @@ from slm.config import ROOT
 from slm.digests import write_provenance
 from slm.errors import InputError
 from slm.running.command import split_overrides
+from steps.main import next_lines
 from tests.conftest import MODEL, TARGET, TINY, Packaged, Project, tracking
 
 STEPS = ["fetch", "export_onnx", "log_pyfunc", "log_transformers", "evaluate", "register"]
@@ -107,6 +108,17 @@ def test_the_printed_look_line_shows_the_runs_from_a_bare_shell(
         query = "ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=tests"
         found = json.load(urllib.request.urlopen(f"{address}/{query}"))
     assert found["experiment"]["name"] == "tests"
+
+
+def test_the_printed_lines_name_every_store_and_allow_one_of_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stores = {"MLFLOW_TRACKING_URI": "file:///my%20runs", "MLFLOW_REGISTRY_URI": "sqlite:////r.db"}
+    monkeypatch.setattr("steps.main.store_variables", lambda: stores)
+    lines = next_lines("/work", "/report.html", "models:/m@champion")
+    for name in ("Look", "Serve"):
+        assert lines[name].startswith("MLFLOW_ALLOW_FILE_STORE=true ")
+        assert "file:///my%20runs" in lines[name] and "sqlite:////r.db" in lines[name]
 
 
 def test_the_report_that_is_printed_is_there(packaged: Packaged) -> None:

@@ -84,9 +84,13 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def shown(uri: str) -> str:
+    """A store's URI without the user and password that it may hold."""
+    return re.sub("//[^@/]*@", "//", uri)
+
+
 def shown_tracking_uri() -> str:
-    """The tracking URI without the user and password that it may hold."""
-    return re.sub("//[^@/]*@", "//", mlflow.get_tracking_uri())
+    return shown(mlflow.get_tracking_uri())
 
 
 @contextlib.contextmanager
