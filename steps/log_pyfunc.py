@@ -81,7 +81,7 @@ def log_interface(
     """Log the ONNX folder with an interface's code, signature, settings and provenance."""
     provider = packaging.target.execution_provider.value
     settings = {
-        "model": packaging.model,
+        "model_name": packaging.model,  # `model` is a parameter of the run
         "execution_provider": provider,
         **{field.name: getattr(packaging.settings, field.name) for field in fields(Settings)},
         **dict.fromkeys(AT_LOAD),  # null: as the checkpoint has them
