@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import psutil
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
 
@@ -52,13 +53,28 @@ def absolute_uri(uri: str) -> str:
 
     Relative are `sqlite:///mlflow.db`, `file:mlruns`, and a bare path.
     """
+    folder = calling_folder()
     if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
+        return f"sqlite:///{(folder / uri.removeprefix('sqlite:///')).resolve()}"
     if re.match(r"file:(?!/)", uri):
-        return Path(uri.removeprefix("file:")).resolve().as_uri()
+        return (folder / uri.removeprefix("file:")).resolve().as_uri()
     if uri and not re.match(r"[\w+.-]+:|databricks$|databricks-uc$|uc$", uri):
-        return Path(uri).expanduser().resolve().as_uri()
+        return (folder / Path(uri).expanduser()).resolve().as_uri()
     return uri
+
+
+def calling_folder() -> Path:
+    """The working directory of the `mlflow run` that started this process, else of the process.
+
+    MLflow 3.17 passes its relative URI on to a process in another folder: the project's, which is a
+    temporary clone if the project is a git URI.
+    """
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents() if run_id else []:
+            if process.environ().get("MLFLOW_RUN_ID") != run_id:
+                return Path(process.cwd())
+    return Path.cwd()
 
 
 def store_variables() -> dict[str, str]:
