@@ -8,6 +8,7 @@ import json
 import logging
 import shlex
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,16 @@ class Chain:
         parent = mlflow.active_run()
         assert parent is not None
         try:
-            return mlflow.run(
-                str(ROOT),
-                entry_point=step,
-                parameters=parameters,
-                experiment_id=parent.info.experiment_id,
-                run_name=step,
-                env_manager="local",
-            ).run_id
+            with tempfile.TemporaryDirectory() as scratch:  # MLflow makes a folder, and leaves it
+                return mlflow.run(
+                    str(ROOT),
+                    entry_point=step,
+                    parameters=parameters,
+                    experiment_id=parent.info.experiment_id,
+                    run_name=step,
+                    env_manager="local",
+                    storage_dir=scratch,
+                ).run_id
         except ExecutionException as error:
             children = mlflow.MlflowClient().search_runs(
                 [parent.info.experiment_id],
