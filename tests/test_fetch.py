@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tests.conftest import Packaged, composed
 
 
 def fetched(source: Path | str, tmp_path: Path, **changes: object) -> Checkpoint:
-    model = Model(name="m", source=str(source), licence="apache-2.0", **changes)  # type: ignore[arg-type]
+    model = replace(Model(name="m", source=str(source), licence="apache-2.0"), **changes)  # type: ignore[arg-type]
     folder = tmp_path / "fetched"
     folder.mkdir()
     return fetch(model, resolve(model), folder)
@@ -188,8 +189,9 @@ def test_a_chat_template_beside_a_gguf_is_that_of_the_checkpoint(
     monkeypatch.setattr("slm.sources.gguf.load", lambda _: read)
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     (small_gguf.parent / "chat_template.jinja").write_text(template)
-    folder = Path(fetched(small_gguf, tmp_path).uri)
-    assert AutoTokenizer.from_pretrained(folder).chat_template == template
+    outcome = fetched(small_gguf, tmp_path, licence=None)
+    assert AutoTokenizer.from_pretrained(outcome.uri).chat_template == template
+    assert outcome.licence == "apache-2.0"  # as the file states
 
 
 def test_another_source_has_neither_digests_nor_licence_of_the_configured_one(
