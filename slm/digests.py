@@ -119,6 +119,15 @@ def read_provenance(folder: Path) -> Provenance:
     return provenance
 
 
+def require_model(provenance: Provenance, name: str) -> None:
+    """Raise InputError if the weights were fetched as another model: they would bear its name."""
+    found = provenance.origin.model
+    if found not in ("", name):
+        raise InputError(
+            f"source is of the model {found}; model.name is {name}. Give model.name={found}."
+        )
+
+
 def digest_others(folder: Path) -> dict[str, str]:
     """The digests of a folder's files, all but provenance.json."""
     return {name: digest for name, digest in digest_files(folder).items() if name != PROVENANCE}

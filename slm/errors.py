@@ -21,6 +21,10 @@ class StepError(UserError, RuntimeError):
     """A step cannot do its work, for a reason that it can name."""
 
 
+class ToldError(StepError):
+    """A step failed in a process of its own, and printed why."""
+
+
 class UnreachableError(UserError, ConnectionError):
     """A server (the model hub, the tracking server, the package index) does not answer."""
 

@@ -28,7 +28,7 @@ class ChatModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         self.runtime = open_runtime(context)
-        self.model = context.model_config["model"]
+        self.model = context.model_config["model_name"]
 
     def predict(
         self,

@@ -16,7 +16,7 @@ from .parameters import AT_LOAD, RequestError
 def open_runtime(context: PythonModelContext) -> Runtime:
     """Load the model's ONNX folder as its `model_config` says, at load or as it was logged."""
     config = dict(context.model_config)
-    config.pop("model", None)
+    config.pop("model_name", None)
     defaults = {name: config.pop(name) for name in AT_LOAD if name in config}
     return Runtime(Path(context.artifacts["onnx"]), defaults=defaults, **config)
 

@@ -2,7 +2,7 @@
 
     python -m steps.fetch model=smollm2-135m-instruct
     python -m steps.fetch model=phi-3-mini-4k-instruct
-    python -m steps.fetch model=phi-3-mini-4k-instruct model.source=/data/Phi-3-mini-4k-instruct
+    python -m steps.fetch model.name=my-model model.source=/data/my-model
 
 Nothing that came with a checkpoint is executed (slm/sources/verify.py).
 """
@@ -27,10 +27,11 @@ def fetch(model: Model, source: Source, folder: Path) -> Checkpoint:
     """Bring `source` to `folder`/checkpoint, and verify it against what `model` expects."""
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
-    licence = source.bring(model, checkpoint)
-    if licence and licence.lower() != model.licence.lower():
+    stated = source.bring(model, checkpoint)
+    licence = model.licence or stated or "unknown"
+    if stated and stated.lower() != licence.lower():
         raise InputError(
-            f"{model.source} says its licence is {licence}; model.licence expects {model.licence}."
+            f"{model.source} says its licence is {stated}; model.licence expects {licence}."
         )
     require_described(checkpoint, model)
     require_weights(checkpoint, model)
@@ -39,14 +40,14 @@ def fetch(model: Model, source: Source, folder: Path) -> Checkpoint:
         model=model.name,
         source=model.source,
         revision=source.revision,
-        licence=model.licence,
+        licence=licence,
         versions=versions(*LIBRARIES),
     )
     return Checkpoint(
         uri=str(checkpoint),
         source=model.source,
         revision=source.revision,
-        licence=model.licence,
+        licence=licence,
         architecture=architecture_of(read_json(checkpoint / "config.json")),
         size_mb=size_mb(checkpoint),
         files=provenance.files,

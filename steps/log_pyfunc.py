@@ -25,6 +25,7 @@ from slm.digests import (
     digest_of,
     read_provenance,
     require_files,
+    require_model,
     size_mb,
 )
 from slm.environments import environment_of
@@ -80,7 +81,7 @@ def log_interface(
     """Log the ONNX folder with an interface's code, signature, settings and provenance."""
     provider = packaging.target.execution_provider.value
     settings = {
-        "model": packaging.model,
+        "model_name": packaging.model,  # `model` is a parameter of the run
         "execution_provider": provider,
         **{field.name: getattr(packaging.settings, field.name) for field in fields(Settings)},
         **dict.fromkeys(AT_LOAD),  # null: as the checkpoint has them
@@ -176,6 +177,7 @@ def main(config: Config) -> LoggedModels:
     onnx = local_path(config.source, "source", "export_onnx")
     require_files(onnx, "genai_config.json", made_by="export_onnx")
     provenance = read_provenance(onnx)
+    require_model(provenance, config.model.name)
     packaging = Packaging(
         config.model.name,
         config.target,

@@ -12,7 +12,14 @@ from pathlib import Path
 import mlflow
 
 from slm.config import Config
-from slm.digests import Provenance, digest_of, read_provenance, require_files, size_mb
+from slm.digests import (
+    Provenance,
+    digest_of,
+    read_provenance,
+    require_files,
+    require_model,
+    size_mb,
+)
 from slm.records import LoggedModel, LoggedModels
 from slm.running.command import entry_point
 from slm.running.run import run_step
@@ -84,6 +91,7 @@ def main(config: Config) -> LoggedModels:
     checkpoint = local_path(config.source, "source", "fetch")
     require_files(checkpoint, "config.json", made_by="fetch")
     provenance = read_provenance(checkpoint)
+    require_model(provenance, config.model.name)
     return run_step(
         "log_transformers",
         config,

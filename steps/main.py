@@ -8,6 +8,7 @@ import json
 import logging
 import shlex
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from mlflow.exceptions import ExecutionException
 
 from slm.config import ROOT, Config
-from slm.errors import StepError
+from slm.errors import StepError, ToldError
 from slm.evaluation.summary import show
 from slm.records import (
     Checkpoint,
@@ -28,7 +29,7 @@ from slm.records import (
     from_json,
 )
 from slm.running.command import entry_point
-from slm.running.tracking import mlflow_run, shown_tracking_uri
+from slm.running.tracking import mlflow_run, shown, store_variables
 from slm.running.work import Outcome, T, enum_value, work_folder
 
 log = logging.getLogger("slm.main")
@@ -51,7 +52,10 @@ class Chain:
         self.children: dict[str, Child] = {}
 
     def run(self, step: str, outcome: type[T], **inputs: str) -> T:
-        """Run a step, and return its outcome; StepError with the step's own error if it fails."""
+        """Run a step, and return its outcome; ToldError with the step's own error if it fails.
+
+        StepError if it fails without a word: if it was killed, say.
+        """
         log.info("main: step %d: %s", len(self.children) + 1, step)
         run_id = self.start(step, {**self.parameters, **inputs})
         run = mlflow.get_run(run_id)
@@ -66,14 +70,16 @@ class Chain:
         parent = mlflow.active_run()
         assert parent is not None
         try:
-            return mlflow.run(
-                str(ROOT),
-                entry_point=step,
-                parameters=parameters,
-                experiment_id=parent.info.experiment_id,
-                run_name=step,
-                env_manager="local",
-            ).run_id
+            with tempfile.TemporaryDirectory() as scratch:  # MLflow makes a folder, and leaves it
+                return mlflow.run(
+                    str(ROOT),
+                    entry_point=step,
+                    parameters=parameters,
+                    experiment_id=parent.info.experiment_id,
+                    run_name=step,
+                    env_manager="local",
+                    storage_dir=scratch,
+                ).run_id
         except ExecutionException as error:
             children = mlflow.MlflowClient().search_runs(
                 [parent.info.experiment_id],
@@ -81,8 +87,9 @@ class Chain:
                 order_by=["attributes.start_time DESC"],
                 max_results=1,
             )
-            reason = children[0].data.tags.get("error", str(error)) if children else str(error)
-            raise StepError(f"{step} failed: {reason}") from error
+            if children and (reason := children[0].data.tags.get("error")):
+                raise ToldError(f"{step} failed: {reason}") from error
+            raise StepError(f"{step} failed: {error}") from error
 
 
 def package(chain: Chain) -> tuple[Evaluation, Registration]:
@@ -108,18 +115,24 @@ def overrides_for_children() -> list[str]:
     return [*search_path, *own]
 
 
-def next_lines(work: str, evaluation: Evaluation, registration: Registration) -> dict[str, str]:
+def next_lines(work: str, report: str, registered: str) -> dict[str, str]:
     """Where things lie, and what to do next: commands that work in any terminal and folder."""
-    tracking = shown_tracking_uri()
+    stores = store_variables()
+    tracking, registry = (shlex.quote(shown(uri)) for uri in stores.values())
     scripts = Path(sys.executable).parent
     mlflow_command = shlex.quote(str(scripts / "mlflow"))
-    look = f"{mlflow_command} ui --backend-store-uri {shlex.quote(tracking)}"
-    serve = f"PATH={shlex.quote(str(scripts))}:$PATH "  # the scoring server starts uvicorn by name
-    serve += f"MLFLOW_TRACKING_URI={shlex.quote(tracking)} {mlflow_command} models serve "
-    serve += f"-m {registration.uri} --env-manager local -p 5001"
+    look = f"{mlflow_command} ui --backend-store-uri {tracking}"
+    serve = f"{mlflow_command} models serve -m {registered} --env-manager local -p 5001"
+    if registry != tracking:
+        look += f" --registry-store-uri {registry}"
+        serve = f"MLFLOW_REGISTRY_URI={registry} {serve}"
+    # The scoring server starts uvicorn by name.
+    serve = f"PATH={shlex.quote(str(scripts))}:$PATH MLFLOW_TRACKING_URI={tracking} {serve}"
+    if any(uri.startswith("file:") for uri in stores.values()):  # MLflow 3.17 wants to be told so
+        look, serve = (f"MLFLOW_ALLOW_FILE_STORE=true {line}" for line in (look, serve))
     return {
         "Work": str(work_folder(work)),
-        "Report": evaluation.report,
+        "Report": report,
         "Look": tracking if tracking.startswith("http") else look,
         "Serve": serve,
     }
@@ -141,7 +154,8 @@ def main(config: Config) -> None:
         [step, f"{child.duration_s:.1f}", ("reused " if child.reused else "") + child.outcome.uri]
         for step, child in chain.children.items()
     ]
-    show(rows, evaluation, registration, next_lines(config.paths.work, evaluation, registration))
+    lines = next_lines(config.paths.work, evaluation.report, registration.uri)
+    show(rows, evaluation, registration, lines)
 
 
 def summary_of(chain: Chain) -> str:

@@ -35,7 +35,7 @@ from slm.records import (
     Registration,
     from_json,
 )
-from slm.running.command import forget_digests_of_another_source, split_overrides
+from slm.running.command import heed_another_source, split_overrides
 from tests.checkpoints import write_as_phi3, write_tiny
 
 T = TypeVar("T")
@@ -282,7 +282,8 @@ def composed(*overrides: str) -> Config:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_object(compose("config", list(overrides)))
     assert isinstance(config, Config)
-    forget_digests_of_another_source(config, list(overrides))
+    chosen = [o.removeprefix("model=") for o in overrides if o.startswith("model=")] or [MODEL]
+    heed_another_source(config, list(overrides), chosen[-1])
     return config
 
 

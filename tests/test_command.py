@@ -1,12 +1,14 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from slm.errors import InputError
 from slm.running.command import hydra_arguments, split_overrides
 from slm.running.hydra_errors import explain
-from tests.conftest import Project, composed
+from tests.conftest import MODEL, Project, composed
 
 
 def test_overrides_split_at_spaces_outside_quotes_and_brackets() -> None:
@@ -83,7 +85,10 @@ def test_hydra_flags_pass_through() -> None:
             "evaluate.repeat=1",
             "conf/evaluate/smoke.yaml: unknown key 'evaluate.repeat'; valid: texts",
         ),
-        ("evaluate.repeats=many", "conf/evaluate/smoke.yaml: key 'evaluate.repeats': "),
+        (
+            "evaluate.repeats=many",
+            "conf/evaluate/smoke.yaml: key 'evaluate.repeats': Value 'many' of type 'str' could ",
+        ),
         ("target.precision=int5", "expected one of [int4, int8, bf16, fp16, fp32]"),
         ("colour=red", "conf/config.yaml: unknown key 'colour'; valid: model, target"),
         ("nonsense", "command line: "),
@@ -97,6 +102,22 @@ def test_a_wrong_configuration_is_one_line_that_names_file_and_key(
         composed(argument)
     line = explain(raised.value)
     assert words in line and "\n" not in line
+
+
+def test_a_source_of_ones_own_is_refused_without_a_name() -> None:
+    with pytest.raises(InputError, match=f"Give model.name=<its own name>, or model.name={MODEL}"):
+        composed("model.source=/data/mine")
+
+
+def test_a_source_of_ones_own_inherits_nothing_that_was_said_of_another() -> None:
+    own = composed("model.source=/data/mine", "model.name=mine", "model.context_length=99").model
+    assert (own.licence, own.architecture, own.context_length) == (None, None, 99)
+    assert not own.sha256 and own.gates
+
+
+def test_a_copy_of_a_model_is_held_to_what_is_known_of_that_model() -> None:
+    copy = composed("model.source=/data/copy", f"model.name={MODEL}").model
+    assert copy == replace(composed().model, source="/data/copy", sha256={})
 
 
 def test_a_wrong_configuration_exits_with_2_and_one_line(project: Project) -> None:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tests.conftest import Packaged, composed
 
 
 def fetched(source: Path | str, tmp_path: Path, **changes: object) -> Checkpoint:
-    model = Model(name="m", source=str(source), licence="apache-2.0", **changes)  # type: ignore[arg-type]
+    model = replace(Model(name="m", source=str(source), licence="apache-2.0"), **changes)  # type: ignore[arg-type]
     folder = tmp_path / "fetched"
     folder.mkdir()
     return fetch(model, resolve(model), folder)
@@ -70,7 +71,7 @@ def test_truncated_safetensors_are_refused(checkpoint: Path, tmp_path: Path) -> 
     weights = (checkpoint / "model.safetensors").read_bytes()[:1_000_000]
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / "model.safetensors").write_bytes(weights)
-    with pytest.raises(InputError, match=r"model\.safetensors is truncated or damaged"):
+    with pytest.raises(InputError, match=r"model\.safetensors is truncated or damaged\. Fetch"):
         fetched(checkpoint, tmp_path)
 
 
@@ -151,7 +152,7 @@ def test_several_gguf_files_are_named_with_how_to_choose_one(tmp_path: Path) -> 
     words = rf"holds 2 GGUF files: a\.gguf, b\.gguf\. .*model\.source={tmp_path}/a\.gguf"
     with pytest.raises(InputError, match=words):
         resolve(Model(name="m", source=str(tmp_path), licence="mit"))
-    with pytest.raises(InputError, match="b.gguf is truncated or damaged"):
+    with pytest.raises(InputError, match=r"b\.gguf is truncated or damaged\. Fetch it again\."):
         fetched(tmp_path / "b.gguf", tmp_path)
 
 
@@ -188,18 +189,20 @@ def test_a_chat_template_beside_a_gguf_is_that_of_the_checkpoint(
     monkeypatch.setattr("slm.sources.gguf.load", lambda _: read)
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     (small_gguf.parent / "chat_template.jinja").write_text(template)
-    folder = Path(fetched(small_gguf, tmp_path).uri)
-    assert AutoTokenizer.from_pretrained(folder).chat_template == template
+    outcome = fetched(small_gguf, tmp_path, licence=None)
+    assert AutoTokenizer.from_pretrained(outcome.uri).chat_template == template
+    assert outcome.licence == "apache-2.0"  # as the file states
 
 
-def test_another_source_does_not_have_the_digests_of_the_configured_one(
+def test_another_source_has_neither_digests_nor_licence_of_the_configured_one(
     packaged: Packaged, tiny: Path
 ) -> None:
-    """The README's advice: overrides=model.source=…, with the default model."""
-    fetched = packaged.call("fetch", f"model.source={tiny}", "model.name=elsewhere")
-    assert fetched.source == str(tiny)
+    """The README's advice: a source and a name of one's own, with the default model."""
+    own = [f"model.source={tiny}", "model.name=elsewhere"]
+    fetched = packaged.call("fetch", *own)
+    assert (fetched.source, fetched.licence) == (str(tiny), "unknown")
     with pytest.raises(InputError, match=r"config\.json: SHA-256 is .*; expected 00"):
-        packaged.call("fetch", f"model.source={tiny}", "+model.sha256={config.json: '00'}")
+        packaged.call("fetch", *own, "+model.sha256={config.json: '00'}")
 
 
 def test_a_tokenizer_that_cannot_be_read_is_one_line(checkpoint: Path, tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 
+from slm.digests import write_provenance
 from slm.environments import environment_of
-from slm.errors import StepError
+from slm.errors import InputError, StepError
+from slm.running.command import parameters_of
 from steps.log_pyfunc import prove_environment, runtime_requirements
-from tests.conftest import MODEL, TARGET, Packaged, tracking
+from tests.conftest import MODEL, TARGET, Packaged, Project, tracking
 
 FRANCE = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 SKY = "<|im_start|>user\nWhat colour is the sky?<|im_end|>\n<|im_start|>assistant\n"
@@ -175,6 +177,26 @@ def test_the_logged_models_need_no_torch_and_carry_their_provenance(packaged: Pa
         provenance = metadata["provenance"]
         assert provenance["checkpoint"]["licence"] == "apache-2.0"
         assert set(provenance["files"]) >= {"model.onnx", "model.onnx.data"}
+
+
+def test_a_model_that_was_fetched_under_another_name_is_not_logged_under_this_one(
+    project: Project, tmp_path: Path
+) -> None:
+    for name in ("config.json", "genai_config.json"):
+        (tmp_path / name).write_text("{}")
+    write_provenance(tmp_path, model="mine")
+    for step in ("log_pyfunc", "log_transformers"):
+        with pytest.raises(InputError, match="source is of the model mine; .*Give model.name=mine"):
+            project.call(step, f"source={tmp_path}")
+
+
+def test_no_setting_of_a_logged_model_bears_the_name_of_a_parameter_of_the_run(
+    chat_folder: Path,
+) -> None:
+    """MLflow logs both as parameters, and none of the settings if one has another value."""
+    settings = mlflow.models.Model.load(chat_folder).flavors["python_function"]["config"]
+    assert settings["model_name"] == MODEL
+    assert not settings.keys() & set(parameters_of("log_pyfunc"))
 
 
 def test_the_logged_models_hold_no_pickle(prompt_folder: Path, chat_folder: Path) -> None:

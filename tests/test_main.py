@@ -17,6 +17,7 @@ from slm.config import ROOT
 from slm.digests import write_provenance
 from slm.errors import InputError
 from slm.running.command import split_overrides
+from steps.main import next_lines
 from tests.conftest import MODEL, TARGET, TINY, Packaged, Project, tracking
 
 STEPS = ["fetch", "export_onnx", "log_pyfunc", "log_transformers", "evaluate", "register"]
@@ -109,6 +110,17 @@ def test_the_printed_look_line_shows_the_runs_from_a_bare_shell(
     assert found["experiment"]["name"] == "tests"
 
 
+def test_the_printed_lines_name_every_store_and_allow_one_of_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stores = {"MLFLOW_TRACKING_URI": "file:///my%20runs", "MLFLOW_REGISTRY_URI": "sqlite:////r.db"}
+    monkeypatch.setattr("steps.main.store_variables", lambda: stores)
+    lines = next_lines("/work", "/report.html", "models:/m@champion")
+    for name in ("Look", "Serve"):
+        assert lines[name].startswith("MLFLOW_ALLOW_FILE_STORE=true ")
+        assert "file:///my%20runs" in lines[name] and "sqlite:////r.db" in lines[name]
+
+
 def test_the_report_that_is_printed_is_there(packaged: Packaged) -> None:
     assert Path(printed(packaged, "Report")).is_file()
 
@@ -133,10 +145,12 @@ def test_the_same_content_makes_no_second_version_without_the_work_folder(
 
 
 def test_main_stops_at_the_first_failure_with_that_steps_error(project: Project) -> None:
-    process = project.mlflow_run("main", "overrides=model.source=/no/such/folder")
+    overrides = "overrides=model.source=/no/such/folder model.name=mine"
+    process = project.mlflow_run("main", overrides)
     assert process.returncode == 1
-    words = "main: fetch failed: model.source=/no/such/folder: no such folder."
-    assert words in process.stderr
+    assert "\nfetch: model.source=/no/such/folder: no such folder." in process.stderr
+    for once in ("no such folder.", "does not apply"):
+        assert process.stderr.count(once) == 1
     assert "Traceback" not in process.stderr
     runs = project.client.search_runs(["1"])
     assert len(runs) == 2 and {run.info.status for run in runs} == {"FAILED"}

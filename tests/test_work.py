@@ -1,11 +1,13 @@
 import contextlib
 import errno
 import json
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 
 from slm.digests import digest_files
@@ -133,6 +135,19 @@ def test_a_relative_store_means_the_same_from_every_folder(uri: str, tmp_path: P
         settled = absolute_uri(uri)
     assert str(tmp_path / "ml") in settled and settled.startswith(("sqlite:////", "file:///"))
     assert absolute_uri(settled) == settled
+
+
+def test_a_relative_store_is_where_mlflow_run_was_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen(["sleep", "60"], cwd=tmp_path) as mlflow_run:
+        monkeypatch.setattr("psutil.Process.parents", lambda _: [psutil.Process(mlflow_run.pid)])
+        outside = absolute_uri("sqlite:///mlflow.db")
+        monkeypatch.setenv("MLFLOW_RUN_ID", "1")
+        inside = absolute_uri("sqlite:///mlflow.db")
+        mlflow_run.kill()
+    assert outside == f"sqlite:///{Path.cwd()}/mlflow.db"
+    assert inside == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_a_store_that_is_no_path_stays_as_it_is() -> None:

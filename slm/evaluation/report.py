@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from slm.config import Baseline, Config
+from slm.digests import Provenance
 from slm.evaluation.metrics import INTERVAL_ENDS, METRICS, Metric, is_of_harness, metric_named
 from slm.evaluation.tasks import missed
 from slm.records import Evaluation, Judged
@@ -22,12 +23,13 @@ COLOURS = {"reference": "#9aa5b1", "champion": "#c9a227", "candidate": "#2f6fab"
 @dataclass(frozen=True)
 class About:
     """What a report says besides the evaluation: the drawn `series` of both sides, by name, the
-    machine, versions of libraries, and SHA-256 of weights by file."""
+    machine, versions of libraries, SHA-256 of weights by file, and where the checkpoint is from."""
 
     series: dict[str, dict[str, Any]]
     machine: str
     versions: dict[str, str]
     digests: dict[str, str]
+    origin: Provenance
 
 
 def write_report(

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from slm.config import CONF, ROOT, Config
-from slm.errors import InputError, UserError, one_line, words_for
+from slm.errors import InputError, ToldError, UserError, one_line, words_for
 from slm.running.hydra_errors import explain
 from slm.running.logs import set_up_logging
 from slm.running.tracking import end_run_with_error, environment, settle_tracking
@@ -60,7 +60,13 @@ def entry_point(step: Callable[[Config], object]) -> None:
         try:
             with environment({FULL_ERRORS: asked}):  # what the step starts has errors of its own
                 values = typed(config)
-                forget_digests_of_another_source(values, HydraConfig.get().overrides.task)
+                hydra = HydraConfig.get()
+                dropped = heed_another_source(
+                    values, hydra.overrides.task, hydra.runtime.choices["model"]
+                )
+                if dropped and name == "fetch":  # the one step that compares digests
+                    names = ", ".join(dropped)
+                    log.info("another source: the configured digest of %s does not apply", names)
                 step(values)
         except OmegaConfBaseException:
             raise
@@ -96,23 +102,34 @@ def typed(config: DictConfig) -> Config:
     return values
 
 
-def forget_digests_of_another_source(config: Config, overrides: list[str]) -> None:
-    """If `model.source` is overridden, keep only the digests that were given with it.
+def heed_another_source(config: Config, overrides: list[str], chosen: str) -> list[str]:
+    """If `model.source` is overridden, drop what the file of the `chosen` model says of its source.
 
-    Those in the model's file are of the source that stands there.
+    The digests, whose files are returned, go in any case, and the licence, architecture and context
+    length unless `model.name` says that this is a copy of the chosen model; what is overridden
+    stays. Raises InputError without `model.name`: the checkpoint would be registered as the chosen
+    model, and could become its champion.
     """
-    given = [override.lstrip("+").partition("=")[0] for override in overrides]
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
     if "model.source" not in given:
-        return
+        return []
+    if "model.name" not in given:
+        raise InputError(
+            "model.source is overridden, and model.name is not. Give model.name=<its own name>, or "
+            f"model.name={chosen} if it is a copy of that model."
+        )
+    if config.model.name != chosen:
+        for key in ("licence", "architecture", "context_length"):
+            if f"model.{key}" not in given:
+                setattr(config.model, key, None)
     kept: set[str] = set()
-    for override, key in zip(overrides, given, strict=True):
-        if key == "model.sha256":
+    for override in overrides:
+        if override.lstrip("+").startswith("model.sha256="):
             value = OverridesParser.create().parse_override(override).value()
             kept |= {str(name) for name in value} if isinstance(value, dict) else set()
-    if dropped := sorted(config.model.sha256.keys() - kept):
-        names = ", ".join(dropped)
-        log.info("model.source is overridden: the configured digest of %s does not apply", names)
-        config.model.sha256 = {name: config.model.sha256[name] for name in kept}
+    dropped = sorted(config.model.sha256.keys() - kept)
+    config.model.sha256 = {name: config.model.sha256[name] for name in kept}
+    return dropped
 
 
 def report(name: str, error: Exception, show_traceback: bool) -> None:
@@ -124,7 +141,7 @@ def report(name: str, error: Exception, show_traceback: bool) -> None:
         text = f"{type(error).__name__}: {one_line(error)}"
         end_run_with_error(name, text, traceback=traceback.format_exc())
     else:
-        end_run_with_error(name, words)
+        end_run_with_error(name, words, told=isinstance(error, ToldError))
 
 
 def parameters_of(name: str) -> list[str]:

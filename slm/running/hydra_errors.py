@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from slm.config import CONF, Config
 
@@ -16,9 +17,9 @@ from slm.config import CONF, Config
 def explain(error: Exception) -> str:
     """One line for a composition error: the file, the key, and what would be valid."""
     causes: list[BaseException] = [error]
-    while (
+    while not isinstance(causes[-1], OmegaConfBaseException) and (  # its own cause says it again
         cause := causes[-1].__cause__ or causes[-1].__context__
-    ) is not None and cause not in causes:
+    ):
         causes.append(cause)
     lines = [line.strip() for cause in causes for line in str(cause).splitlines()]
     text = "; ".join(
@@ -38,6 +39,7 @@ def explain(error: Exception) -> str:
     if "mismatched input" in text or "no viable alternative" in text:
         text += "; quote a value that holds = , or brackets: key=\"'value'\""
     reason = re.sub(r"; (full_key|object_type|reference_type)[=:][^;]*", "", text)
+    reason = re.sub(r"^Error merging override .*?; ", "", reason)
     return f"{where}: {f'key {key!r}: ' if key else ''}{reason}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import psutil
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
 
@@ -52,13 +53,28 @@ def absolute_uri(uri: str) -> str:
 
     Relative are `sqlite:///mlflow.db`, `file:mlruns`, and a bare path.
     """
+    folder = calling_folder()
     if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
+        return f"sqlite:///{(folder / uri.removeprefix('sqlite:///')).resolve()}"
     if re.match(r"file:(?!/)", uri):
-        return Path(uri.removeprefix("file:")).resolve().as_uri()
+        return (folder / uri.removeprefix("file:")).resolve().as_uri()
     if uri and not re.match(r"[\w+.-]+:|databricks$|databricks-uc$|uc$", uri):
-        return Path(uri).expanduser().resolve().as_uri()
+        return (folder / Path(uri).expanduser()).resolve().as_uri()
     return uri
+
+
+def calling_folder() -> Path:
+    """The working directory of the `mlflow run` that started this process, else of the process.
+
+    MLflow 3.17 passes its relative URI on to a process in another folder: the project's, which is a
+    temporary clone if the project is a git URI.
+    """
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents() if run_id else []:
+            if process.environ().get("MLFLOW_RUN_ID") != run_id:
+                return Path(process.cwd())
+    return Path.cwd()
 
 
 def store_variables() -> dict[str, str]:
@@ -84,9 +100,13 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def shown(uri: str) -> str:
+    """A store's URI without the user and password that it may hold."""
+    return re.sub("//[^@/]*@", "//", uri)
+
+
 def shown_tracking_uri() -> str:
-    """The tracking URI without the user and password that it may hold."""
-    return re.sub("//[^@/]*@", "//", mlflow.get_tracking_uri())
+    return shown(mlflow.get_tracking_uri())
 
 
 @contextlib.contextmanager
@@ -107,13 +127,18 @@ def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
 
 
 def end_run_with_error(
-    name: str, message: str, status: str = "FAILED", traceback: str | None = None
+    name: str,
+    message: str,
+    status: str = "FAILED",
+    traceback: str | None = None,
+    told: bool = False,
 ) -> None:
-    """Print one line, and end the MLflow run with that line as its tag `error`.
+    """Print one line, unless it was `told`, and end the MLflow run with it as its tag `error`.
 
     The `traceback` of an unexpected error becomes the run's artifact traceback.txt.
     """
-    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    if not told:
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(MlflowException, OSError):
         if mlflow.active_run() is None and "MLFLOW_RUN_ID" in os.environ:
             mlflow.start_run()

@@ -59,9 +59,7 @@ def read_fields(gguf: Path) -> dict[str, Any]:
     try:
         return dict(GGUFReader(gguf).fields)
     except (ValueError, IndexError, KeyError, OSError) as error:
-        raise InputError(
-            f"{gguf.name} is truncated or damaged: {error}. Fetch it again."
-        ) from error
+        raise InputError(f"{gguf.name} is truncated or damaged. Fetch it again.") from error
 
 
 def field(fields: dict[str, Any], name: str) -> Any:

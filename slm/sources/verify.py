@@ -162,9 +162,7 @@ def require_weights(checkpoint: Path, model: Model) -> None:
             with safe_open(path, "np"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path.name} is truncated or damaged: {error}. Fetch it again."
-            ) from error
+            raise InputError(f"{path.name} is truncated or damaged. Fetch it again.") from error
 
 
 def architecture_of(config: dict[str, Any]) -> str:
