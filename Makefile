@@ -7,7 +7,7 @@ UV := $(shell sed -n 's/^uv==/uv==/p' requirements.txt)
 # uv is told what pip is told of package indexes.
 TOLD := UV_FIND_LINKS="$$PIP_FIND_LINKS" UV_DEFAULT_INDEX="$$PIP_INDEX_URL" UV_INDEX="$$PIP_EXTRA_INDEX_URL"
 
-.PHONY: run test lint format bench clean
+.PHONY: run test lint format bench bench-export clean
 
 run: $(READY)  ## package the default model for the default target
 	PATH="$(BIN):$$PATH" mlflow run . --env-manager local
@@ -36,6 +36,9 @@ $(READY): requirements.txt
 
 bench: run  ## the packaged models against a bare loop, the checkpoint and peers
 	"$(BIN)/python" -m bench
+
+bench-export: $(READY)  ## seconds and memory of exports by size
+	"$(BIN)/python" -m bench.export
 
 clean:  ## remove the outcomes of steps; MLflow's own store stays
 	@test -x "$(BIN)/python" || { echo "make clean needs $(VENV): make lint sets it up. Or remove the work folder yourself (README)." >&2; exit 1; }

@@ -6,30 +6,31 @@ tensor and not with the model.
 """
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from onnxruntime.capi import _pybind_state as kernels
 
 from slm.errors import StepError
+from slm_pyfunc.engine.cores import available_cores
 
 MICROSOFT = "com.microsoft"
 # Where tensors begin in the data file, in bytes; large ones may be mapped into memory alone.
 LARGE, LARGE_ALIGNMENT, ALIGNMENT = 2**20, 2**16, 64
 SMALL = 1024  # bytes: tensors that stay in the graph
+ROUNDED_AT_ONCE = 2**20  # weights, by each core
 
 
 @dataclass(frozen=True)
 class Rtn:
     """Round to nearest, in blocks of `block_size` along a weight's inputs, symmetric about 0.
 
-    The scale of a block is its signed extreme over -2^(bits - 1): onnxruntime's
-    DefaultWeightOnlyQuantizer, which the model builder calls `default`, to the bit.
-    `accuracy_level` 4 rounds activations to int8 inside the matrix products, 0 leaves them.
+    The scale of a block is its signed extreme over -2^(bits - 1): to the bit what onnxruntime's
+    DefaultWeightOnlyQuantizer does, which the model builder calls `default`. `accuracy_level` 4
+    rounds activations to int8 inside the matrix products, 0 leaves them.
     """
 
     bits: int
@@ -37,23 +38,44 @@ class Rtn:
     accuracy_level: int = 0
 
     def quantize(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Round a weight [inputs, outputs].
+        """Round a weight [outputs, inputs], some rows at a time, on all cores.
 
         Returns packed uint8 [outputs, blocks, block_size * bits / 8] and scales [outputs, blocks]
         of the weight's type.
         """
-        kernel = kernels.quantize_matmul_4bits if self.bits == 4 else kernels.quantize_matmul_8bits
-        given = weight.dtype
-        if given == ml_dtypes.bfloat16:
-            weight = weight.astype(np.float32)
-        inputs, outputs = weight.shape
+        outputs, inputs = weight.shape
         blocks = -(-inputs // self.block_size)
-        padded = np.pad(weight, ((0, blocks * self.block_size - inputs), (0, 0)))
-        packed = np.zeros((outputs, blocks, self.block_size * self.bits // 8), np.uint8)
-        scales = np.zeros((outputs, blocks), weight.dtype)
-        zero_points = np.zeros((outputs, -(-blocks * self.bits // 8)), np.uint8)
-        kernel(packed, padded, scales, zero_points, self.block_size, outputs, inputs, True)
-        return packed, scales.astype(given)
+        packed = np.empty((outputs, blocks, self.block_size * self.bits // 8), np.uint8)
+        scales = np.empty((outputs, blocks), weight.dtype)
+        rows = max(1, ROUNDED_AT_ONCE // inputs)
+
+        def round_rows(first: int) -> None:
+            some = slice(first, first + rows)
+            packed[some], scales[some] = self.round_blocks(self.blocks_of(weight[some]))
+
+        with ThreadPoolExecutor(available_cores()) as pool:
+            list(pool.map(round_rows, range(0, outputs, rows)))
+        return packed, scales
+
+    def blocks_of(self, rows: np.ndarray) -> np.ndarray:
+        """Rows in blocks, float32 [rows, blocks, block_size], with zeros at their end."""
+        missing = -rows.shape[1] % self.block_size
+        padded = np.pad(rows.astype(np.float32), ((0, 0), (0, missing)))
+        return padded.reshape(len(rows), -1, self.block_size)
+
+    def round_blocks(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Packed integers and scales of blocks."""
+        zero_point = np.float32(2 ** (self.bits - 1))
+        low, high = blocks.min(-1), blocks.max(-1)
+        scales = np.where(np.abs(high) > np.abs(low), high, low) / -zero_point
+        steps = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+        exact = blocks * steps[..., None] + zero_point
+        rounded = np.floor(exact)
+        rounded += (exact - rounded) >= 0.5  # halves away from zero, as C's roundf
+        integers = np.clip(rounded, 0, 2 * zero_point - 1).astype(np.uint8)
+        if self.bits == 4:
+            integers = integers[..., ::2] | integers[..., 1::2] << 4
+        return integers, scales
 
 
 def write(
@@ -96,10 +118,10 @@ class Product:
         return str(self.weight.name)
 
     def read(self) -> np.ndarray:
-        """The weight, [inputs, outputs]."""
+        """The weight, [outputs, inputs]."""
         assert self.weight.const_value is not None
         array = self.weight.const_value.numpy()
-        return np.ascontiguousarray(array.T if self.transposed else array)
+        return array if self.transposed else array.T
 
 
 def weights_of_products(graph: ir.Graph) -> Iterable[Product]:
@@ -122,7 +144,7 @@ def quantize_product(model: ir.Model, product: Product, rtn: Rtn, data: BinaryIO
     """
     node, weight = product.node, product.weight
     array = product.read()
-    inputs, outputs = array.shape
+    outputs, inputs = array.shape
     if not np.isfinite(array).all():
         raise StepError(f"{product.name} holds NaN or infinity: the checkpoint is damaged.")
     packed, scales = rtn.quantize(array)
