@@ -120,10 +120,9 @@ def main() -> None:
     parser.add_argument("--scratch", help="folder for the checkpoints: 3 bytes a parameter")
     arguments = parser.parse_args()
     set_up_logging()
-    print(
-        "| shape | quantizer | 10^9 weights | s | of it parity | resident MB | anonymous MB | MB |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["shape", "quantizer", "10^9 weights", "s", "of it parity"]
+    columns += ["resident MB", "anonymous MB", "MB"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in arguments.shapes:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             print(measure(name, arguments.quantizer, Path(scratch)), flush=True)

@@ -66,7 +66,7 @@ def test_weights_are_rounded_as_onnxruntimes_kernel_does(
 ) -> None:
     kernels = {4: quantize_matmul_4bits, 8: quantize_matmul_8bits}
     random = np.random.default_rng(0)
-    weight = random.standard_normal((outputs, inputs), np.float32)
+    weight: np.ndarray = random.standard_normal((outputs, inputs), np.float32)
     if values == "halves":
         weight = np.round(weight * 8) / 2
     elif values == "zeros":
