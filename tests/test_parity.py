@@ -72,6 +72,21 @@ CASES = [
 ]
 
 
+PHI3_WINDOW = {"sliding_window": 96, "original_max_position_embeddings": 8192}
+
+
+def request_of(checkpoint: Path, folder: Path, *overrides: str) -> Request:
+    return Request(
+        checkpoint=str(checkpoint),
+        onnx=str(folder / "onnx"),
+        scratch=str(folder / "scratch"),
+        target=composed(*overrides).target,
+        makers=Graph.auto.makers,
+        text="the quick brown fox jumps over the lazy dog, and nobody knows why it does. " * 8,
+        parity_tokens=8192,
+    )
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
@@ -84,15 +99,7 @@ def test_a_graph_agrees_with_transformers_at_every_position_or_is_refused(
     settings = {"initializer_range": 0.3, **ARCHITECTURES[architecture], **ASKED[asked]}
     settings = json.loads(json.dumps(settings))  # transformers writes into them
     checkpoint = write_tiny(tmp_path / "checkpoint", tokenizer, architecture, **settings)
-    request = Request(
-        checkpoint=str(checkpoint),
-        onnx=str(tmp_path / "onnx"),
-        scratch=str(tmp_path / "scratch"),
-        target=composed().target,
-        makers=Graph.auto.makers,
-        text="the quick brown fox jumps over the lazy dog, and nobody knows why it does. " * 8,
-        parity_tokens=8192,
-    )
+    request = request_of(checkpoint, tmp_path)
     if not maker:
         with pytest.raises(StepError, match=asked):
             choose(request, checkpoint, tmp_path / "scratch")
@@ -101,6 +108,18 @@ def test_a_graph_agrees_with_transformers_at_every_position_or_is_refused(
     assert (chosen, parity.first) == (maker, None), refused
     assert parity.kl_divergence < 1e-4
     assert parity.tokens > max([96, *parity_lengths(settings)])
+
+
+@pytest.mark.parametrize(
+    "target", ["cuda-fp16", "directml-int4-rtn-block-32", "webgpu-int4-rtn-block-32"]
+)
+def test_graphs_for_gpus_are_compared_on_the_cpu(
+    target: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    checkpoint = write_tiny(tmp_path / "checkpoint", tokenizer, "Phi3", **PHI3_WINDOW)
+    request = request_of(checkpoint, tmp_path, f"target={target}")
+    chosen, parity, refused = choose(request, checkpoint, tmp_path / "scratch")
+    assert (chosen, parity.first, refused) == ("genai", None, {})
 
 
 def parity_lengths(settings: dict[str, Any]) -> list[int]:

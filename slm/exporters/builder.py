@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from slm.config import ExecutionProvider, Precision, Target
+from slm.config import Precision, Target
 from slm.errors import StepError
 
 Save = Callable[[ir.Model, Path], None]
@@ -30,7 +30,8 @@ def make(
     import onnxruntime_genai.models.builder as builder
     from builders.base import Model  # the name under which the builder imports it
 
-    place = (str(checkpoint), str(folder), precision.value, provider(target, precision))
+    own = target.execution_provider.value
+    place = (str(checkpoint), str(folder), precision.value, own)
     cache = str(folder.with_name("cache"))
     with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
         options = builder.parse_extra_options("", *place, cache, extra_options(target))
@@ -52,13 +53,6 @@ def builder_arguments(target: Target) -> list[str]:
     """What the builder is told, in the words of its command line."""
     own = ["-p", target.precision.value, "-e", target.execution_provider.value]
     return [*own, "--extra_options", *extra_options(target)]
-
-
-def provider(target: Target, precision: Precision) -> str:
-    """The builder's `-e`; it makes float32 graphs for CPUs and WebGPU alone."""
-    own = target.execution_provider
-    only_half = own in (ExecutionProvider.cuda, ExecutionProvider.dml)
-    return "cpu" if precision is Precision.fp32 and only_half else own.value
 
 
 def extra_options(target: Target) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from slm.config import Precision, Quantizer, Target
+from slm.config import Quantizer, Target
 from slm.errors import StepError, one_line, words_for
 from slm.exporters import builder, graph, mobius, parity
 from slm.exporters.parity import Parity, Twin
@@ -81,12 +81,13 @@ def choose(request: Request, checkpoint: Path, folder: Path) -> tuple[str, Parit
     twin = parity.write_twin(checkpoint, folder / "checkpoint", request.text, request.parity_tokens)
     reference = parity.reference_logits(twin)
     save = partial(graph.write, rtn=None, said=silent)
+    precision = parity.twin_precision(request.target)
     refused: dict[str, str] = {}
     for maker in request.makers:
         try:
             made = folder / maker
-            MAKERS[maker](twin.folder, request.target, Precision.fp32, made, save)
-            found = parity.compare(twin, made, reference, started)
+            MAKERS[maker](twin.folder, request.target, precision, made, save)
+            found = parity.compare(twin, made, reference, parity.TOLERANCES[precision], started)
         except Exception as error:  # of any library that makes or runs the graph
             refused[maker] = words_for(error) or f"{type(error).__name__}: {one_line(error)[:300]}"
             continue
@@ -103,7 +104,7 @@ def disagreement(found: Parity, twin: Twin) -> str:
     where = f" (past {', '.join(past)})" if past else ""
     return (
         f"its graph says otherwise than transformers from position {found.first}{where} of "
-        f"{found.tokens} on: KL up to {found.kl_divergence:.2g} nats in float32, over "
+        f"{found.tokens} on: KL up to {found.kl_divergence:.2g} nats before any quantization, over "
         f"{found.layers} layers"
     )
 
