@@ -21,7 +21,7 @@ class Provenance:
 
     A checkpoint has a `source`. An ONNX folder has a `target`, and inside it the provenance of the
     `checkpoint` that it was exported from; `checked_on` is the execution provider that it generated
-    on, or "none".
+    on, or "none". `notes` say what was mended, and what of the checkpoint is not served.
     """
 
     files: dict[str, str]
@@ -33,12 +33,18 @@ class Provenance:
     target: str = ""
     checked_on: str = ""
     builder_arguments: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     checkpoint: "Provenance | None" = None
 
     @property
     def origin(self) -> "Provenance":
         """The checkpoint's provenance."""
         return self.checkpoint or self
+
+    @property
+    def all_notes(self) -> list[str]:
+        """The notes of the checkpoint, and those of the ONNX folder."""
+        return (self.checkpoint.notes if self.checkpoint else []) + self.notes
 
     def json(self) -> dict[str, Any]:
         """What provenance.json and a logged model's metadata hold: everything that is not empty."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
-from .chat_template import ChatTemplate
+from .chat_template import ChatTemplate, read_json
 from .parameters import RequestError
 
 
@@ -29,6 +29,8 @@ class Tokenizer:
         self.model = og.Model(config)
         self.tokenizer = og.Tokenizer(self.model)
         self.folder = folder
+        self.rows: int = genai_config["model"]["vocab_size"]  # of the embedding, and of the head
+        self.nameless = ids_without_token(read_json(folder / "tokenizer.json"), self.rows)
         # What it puts before every text by itself, such as a bos token.
         self.prefix = [int(token) for token in self.tokenizer.encode("")]
         self.end_tokens = frozenset(int(token) for token in self.tokenizer.eos_token_ids)
@@ -38,6 +40,9 @@ class Tokenizer:
         tokens = [int(token) for token in self.tokenizer.encode(text)]
         if min(tokens, default=0) < 0:
             raise RequestError("prompt has characters that are not in the model's vocabulary")
+        if max(tokens, default=0) >= self.rows:
+            token = self.decode([max(tokens)])
+            raise RequestError(f"prompt has the token {token!r}, which the model has no row for")
         return tokens
 
     def encode_alone(self, text: str) -> list[int]:
@@ -130,6 +135,14 @@ class Grammar:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise RuntimeError(f"response_format: no token fits the schema: {reason}") from error
+
+
+def ids_without_token(tokenizer: dict[str, Any], rows: int) -> np.ndarray:
+    """The ids below `rows` that stand for nothing, as a padded embedding has them: int64."""
+    vocabulary = tokenizer["model"]["vocab"]
+    named = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    added = [token["id"] for token in tokenizer.get("added_tokens", [])]
+    return np.setdiff1d(np.arange(rows), [*named, *added])
 
 
 def overlap(text: str, stop: str) -> int:

@@ -89,6 +89,7 @@ def evaluate(inputs: Inputs, conditions: str, config: Config, folder: Path) -> E
         machine=machine(),
         versions=versions(*LIBRARIES),
         digests=weight_digests(inputs.candidates[0], inputs.reference),
+        notes=inputs.candidates[0].provenance.all_notes,
     )
     report, card = write_report(evaluation, about, config, folder)
     return replace(evaluation, report=str(report), model_card=card)

@@ -13,6 +13,7 @@ from slm.config import Config, Target
 from slm.digests import Provenance, read_provenance, require_files, size_mb, write_provenance
 from slm.exporters.builder import build, builder_arguments
 from slm.exporters.checks import require_it_generates
+from slm.exporters.generation import carry_over
 from slm.records import OnnxModel
 from slm.running.command import entry_point
 from slm.running.run import run_step
@@ -32,6 +33,7 @@ def export_onnx(
     require_files(
         onnx, "genai_config.json", "tokenizer.json", "tokenizer_config.json", made_by="export_onnx"
     )
+    notes = carry_over(checkpoint, onnx)
     checked_on, differences = require_it_generates(onnx, checkpoint, target)
     onnx_provenance = write_provenance(
         onnx,
@@ -40,6 +42,7 @@ def export_onnx(
         checked_on=checked_on,
         builder_arguments=arguments,
         versions=versions(*LIBRARIES),
+        notes=notes,
     )
     return OnnxModel(
         uri=str(onnx),

@@ -17,8 +17,10 @@ from slm.records import Checkpoint
 from slm.running.command import entry_point
 from slm.running.run import run_step
 from slm.running.work import versions
+from slm.sources.mend import mend
 from slm.sources.resolve import Source, resolve
-from slm.sources.verify import architecture_of, read_json, require_described, require_weights
+from slm.sources.verify import architecture_of, read_json, require_described
+from slm.sources.weights import require_weights
 
 LIBRARIES = ("transformers", "gguf", "safetensors", "huggingface_hub")
 
@@ -27,13 +29,15 @@ def fetch(model: Model, source: Source, folder: Path) -> Checkpoint:
     """Bring `source` to `folder`/checkpoint, and verify it against what `model` expects."""
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
-    licence = source.bring(model, checkpoint)
-    if licence and licence.lower() != model.licence.lower():
+    declared = source.bring(model, checkpoint)
+    if declared.licence and declared.licence.lower() != model.licence.lower():
         raise InputError(
-            f"{model.source} says its licence is {licence}; model.licence expects {model.licence}."
+            f"{model.source} says its licence is {declared.licence}; "
+            f"model.licence expects {model.licence}."
         )
     require_described(checkpoint, model)
-    require_weights(checkpoint, model)
+    ties = require_weights(checkpoint, model.source)
+    notes = mend(checkpoint, model.source, ties, declared.turn_end)
     provenance = write_provenance(
         checkpoint,
         model=model.name,
@@ -41,6 +45,7 @@ def fetch(model: Model, source: Source, folder: Path) -> Checkpoint:
         revision=source.revision,
         licence=model.licence,
         versions=versions(*LIBRARIES),
+        notes=notes,
     )
     return Checkpoint(
         uri=str(checkpoint),

@@ -476,10 +476,11 @@ def test_the_report_shows_how_the_candidate_stands_to_the_champion(
     twice_as_fast = {**evaluation.candidate_metrics}
     twice_as_fast["decode_tokens_per_s"] *= 2
     evaluation = replace(evaluation, champion="models:/some/7", champion_metrics=twice_as_fast)
-    about = About({"candidate": {}, "reference": {}}, "", {}, {})
+    about = About({"candidate": {}, "reference": {}}, "", {}, {}, ["eos_token_id now has 2"])
     report, card = write_report(evaluation, about, composed(), tmp_path)
     assert "models:/some/7" in report.read_text() and "2.0× worse" in report.read_text()
     assert "| champion |" in card
+    assert "eos_token_id now has 2" in report.read_text() and "eos_token_id now has 2" in card
 
 
 def test_a_failed_verdict_names_its_gate_and_is_not_registered(

@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -184,7 +185,8 @@ def test_a_chat_template_beside_a_gguf_is_that_of_the_checkpoint(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tiny, output_loading_info=True)
+    read = AutoTokenizer.from_pretrained(tiny), *loaded
     monkeypatch.setattr("slm.sources.gguf.load", lambda _: read)
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     (small_gguf.parent / "chat_template.jinja").write_text(template)

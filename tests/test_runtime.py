@@ -83,7 +83,8 @@ def test_the_generators_of_onnxruntime_genai_agree_with_the_batch(
         for _ in range(8):
             assert left.argmax() == right.argmax()
             token = int(left.argmax())
-            left, right = (decoder.step([row], [token])[0] for decoder, row in rows)
+            steps = [decoder.step([row], [token])[0] for decoder, row in rows]
+            left, right = map(np.asarray, steps)
         for decoder, row in rows:
             decoder.close(row)
     assert single.kept

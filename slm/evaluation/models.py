@@ -20,9 +20,10 @@ class Answer(NamedTuple):
 
 
 class Model(Protocol):
-    """A loaded model; `end_token` is one that ends its texts."""
+    """A loaded model; `end_tokens` are the ids that end its texts, `end_token` is one of them."""
 
     end_token: int
+    end_tokens: list[int]
 
     def ask(self, conversations: list[Messages], max_tokens: int) -> list[Answer]:
         """The greedy answers, in one `predict`."""
@@ -52,6 +53,8 @@ class Transformers:
         self.pipeline = self.pyfunc.get_raw_model()
         self.tokenizer = self.pipeline.tokenizer
         self.end_token = self.tokenizer.eos_token_id
+        ids = self.pipeline.model.generation_config.eos_token_id
+        self.end_tokens = ids if isinstance(ids, list) else [self.end_token if ids is None else ids]
         self.context_length: int = self.pipeline.model.config.max_position_embeddings
 
     def ask(self, conversations: list[Messages], max_tokens: int) -> list[Answer]:
@@ -99,7 +102,8 @@ class Genai:
         self.runtime = self.pyfunc.unwrap_python_model().runtime
         self.log_probabilities = self.runtime.log_probabilities
         self.encode = self.runtime.tokenizer.encode
-        self.end_token = min(self.runtime.tokenizer.end_tokens)
+        self.end_tokens = sorted(self.runtime.tokenizer.end_tokens)
+        self.end_token = self.end_tokens[0]
 
     def ask(self, conversations: list[Messages], max_tokens: int, **sampling: Any) -> list[Answer]:
         parameters = {"max_tokens": max_tokens, **(sampling or {"temperature": 0.0})}

@@ -9,6 +9,7 @@ from slm.digests import digest_file, digest_of
 from slm.errors import InputError
 from slm.sources.gguf import dequantize, template_beside
 from slm.sources.verify import (
+    Declared,
     is_weights,
     place_description,
     place_weights,
@@ -53,14 +54,14 @@ class Folder:
         digests = {name: digest_file(folder / name) for name in read}
         return cls(str(folder), tuple(taken), digest_of(digests))
 
-    def bring(self, model: Model, checkpoint: Path) -> str | None:
+    def bring(self, model: Model, checkpoint: Path) -> Declared:
         folder, names = Path(self.path), list(self.names)
         require_known(names, model)
         if names[0].endswith(".gguf"):
             return dequantize(folder / names[0], model, checkpoint)
         place_description(folder, names, model, checkpoint)
         place_weights(folder, names, model, checkpoint)
-        return None
+        return Declared()
 
 
 def names_to_take(folder: Path, model: Model) -> list[str]:

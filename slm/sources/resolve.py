@@ -8,6 +8,7 @@ from slm.errors import InputError
 from slm.sources.folder import Folder
 from slm.sources.hub import Hub
 from slm.sources.package import Package
+from slm.sources.verify import Declared
 
 
 class Source(Protocol):
@@ -30,8 +31,8 @@ class Source(Protocol):
     def parse(cls, model: Model) -> "Source | None":
         """The source that `model.source` names, pinned; None if it is of another kind."""
 
-    def bring(self, model: Model, checkpoint: Path) -> str | None:
-        """Put the checkpoint's files into a folder; return the licence that the source declares.
+    def bring(self, model: Model, checkpoint: Path) -> Declared:
+        """Put the checkpoint's files into a folder; return what else the source declares.
 
         What is cheap to check is checked before the weights are brought.
         """
