@@ -13,6 +13,7 @@ from typing import Any
 from slm.errors import InputError
 
 PROVENANCE = "provenance.json"
+LOCAL_FOLDER = "a local folder"  # as a source: the same files elsewhere are the same
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,12 @@ def write_provenance(folder: Path, **facts: Any) -> Provenance:
 def read_provenance(folder: Path) -> Provenance:
     """Read provenance.json; InputError if a file no longer has the digest that it lists.
 
-    A folder without one was made by other means: the folder itself is then its source.
+    A folder without one was made by other means.
     """
     files = digest_others(folder)
     path = folder / PROVENANCE
     if not path.is_file():
-        return Provenance(files, source=str(folder))
+        return Provenance(files, source=LOCAL_FOLDER)
     provenance = Provenance.of(json.loads(path.read_text()))
     recorded = provenance.files
     changed = sorted(n for n in files.keys() | recorded if files.get(n) != recorded.get(n))

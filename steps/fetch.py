@@ -41,7 +41,7 @@ def fetch(model: Model, source: Source, folder: Path) -> Checkpoint:
     provenance = write_provenance(
         checkpoint,
         model=model.name,
-        source=model.source,
+        source=source.pinned,
         revision=source.revision,
         licence=model.licence,
         versions=versions(*LIBRARIES),
@@ -49,7 +49,7 @@ def fetch(model: Model, source: Source, folder: Path) -> Checkpoint:
     )
     return Checkpoint(
         uri=str(checkpoint),
-        source=model.source,
+        source=source.pinned,
         revision=source.revision,
         licence=model.licence,
         architecture=architecture_of(read_json(checkpoint / "config.json")),

@@ -11,7 +11,8 @@ from slm.errors import InputError
 from slm.records import Checkpoint
 from slm.sources.resolve import resolve
 from steps.fetch import fetch
-from tests.conftest import Packaged, composed
+from tests.checkpoints import write_tiny_gguf
+from tests.conftest import Packaged, Project, composed
 
 
 def fetched(source: Path | str, tmp_path: Path, **changes: object) -> Checkpoint:
@@ -146,6 +147,37 @@ def test_the_same_files_in_another_folder_are_the_same_revision(
     assert changed.identity != sources[0].identity
 
 
+def test_the_same_weights_from_another_folder_are_reused_or_come_out_the_same(
+    project: Project, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    (other / "training.log").write_text("not taken")
+    own = ["model.name=m", "model.architecture=null", "model.context_length=null"]
+    first, second = (project.call("fetch", *own, f"model.source={f}") for f in (checkpoint, other))
+    assert second.uri == first.uri
+    run, _ = project.runs("fetch")
+    assert (run.data.tags["reused"], run.data.params["model.source"]) == ("true", str(other))
+    shutil.rmtree(project.folder / "work")
+    recorded = read_provenance_of(project.call("fetch", *own, f"model.source={other}"))
+    shutil.rmtree(project.folder / "work")
+    again = read_provenance_of(project.call("fetch", *own, f"model.source={checkpoint}"))
+    assert recorded == again and str(tmp_path) not in recorded
+
+
+def read_provenance_of(fetched: Checkpoint) -> str:
+    return (Path(fetched.uri) / "provenance.json").read_text()
+
+
+def test_a_gguf_from_another_folder_becomes_the_same_checkpoint(tmp_path: Path) -> None:
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    recorded = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        gguf = write_tiny_gguf(tmp_path / name / "model.gguf", template)
+        recorded.append(read_provenance_of(fetched(gguf, tmp_path / name)))
+    assert recorded[0] == recorded[1] and str(tmp_path) not in recorded[0]
+
+
 def test_several_gguf_files_are_named_with_how_to_choose_one(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
@@ -199,7 +231,7 @@ def test_another_source_does_not_have_the_digests_of_the_configured_one(
 ) -> None:
     """The README's advice: overrides=model.source=…, with the default model."""
     fetched = packaged.call("fetch", f"model.source={tiny}", "model.name=elsewhere")
-    assert fetched.source == str(tiny)
+    assert fetched.source == "a local folder"
     with pytest.raises(InputError, match=r"config\.json: SHA-256 is .*; expected 00"):
         packaged.call("fetch", f"model.source={tiny}", "+model.sha256={config.json: '00'}")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from slm.config import ROOT, Model
-from slm.digests import digest_file, digest_of
+from slm.digests import LOCAL_FOLDER, digest_file, digest_of
 from slm.errors import InputError
 from slm.sources.gguf import dequantize, template_beside
 from slm.sources.verify import (
@@ -31,6 +31,10 @@ class Folder:
     revision: str
 
     form: ClassVar[str] = "a local folder, or a path to a .gguf file"
+
+    @property
+    def pinned(self) -> str:
+        return "a local GGUF file" if self.names[0].endswith(".gguf") else LOCAL_FOLDER
 
     @property
     def identity(self) -> dict[str, str]:

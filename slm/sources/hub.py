@@ -36,6 +36,10 @@ class Hub:
     form: ClassVar[str] = "hf://org/name@revision"
 
     @property
+    def pinned(self) -> str:
+        return f"hf://{self.name}@{self.revision}"
+
+    @property
     def identity(self) -> dict[str, str]:
         return asdict(self)
 

@@ -29,6 +29,10 @@ class Package:
     form: ClassVar[str] = "pypi://package==version/path.gguf"
 
     @property
+    def pinned(self) -> str:
+        return f"pypi://{self.package}=={self.revision}/{self.path}"
+
+    @property
     def identity(self) -> dict[str, str]:
         return asdict(self)
 

@@ -15,13 +15,17 @@ class Source(Protocol):
     """A place that holds a checkpoint.
 
     `form` shows how such a source is written. `revision` cannot move: a commit, a version, or a
-    digest of the files.
+    digest of the files. `pinned` is the source as provenance records it: with the revision if it
+    has a place for one, and without a path.
     """
 
     form: ClassVar[str]
 
     @property
     def revision(self) -> str: ...
+
+    @property
+    def pinned(self) -> str: ...
 
     @property
     def identity(self) -> dict[str, str]:
