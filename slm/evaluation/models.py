@@ -7,6 +7,8 @@ import mlflow
 import numpy as np
 import pandas as pd
 
+from slm.evaluation.positions import turning_point
+
 Messages = list[dict[str, str]]
 
 
@@ -55,7 +57,9 @@ class Transformers:
         self.end_token = self.tokenizer.eos_token_id
         ids = self.pipeline.model.generation_config.eos_token_id
         self.end_tokens = ids if isinstance(ids, list) else [self.end_token if ids is None else ids]
-        self.context_length: int = self.pipeline.model.config.max_position_embeddings
+        config = self.pipeline.model.config
+        self.context_length: int = config.max_position_embeddings
+        self.turning_point = turning_point(config)
 
     def ask(self, conversations: list[Messages], max_tokens: int) -> list[Answer]:
         requests = [{"messages": messages, "max_tokens": max_tokens} for messages in conversations]
@@ -83,12 +87,14 @@ class Transformers:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def log_probabilities(self, tokens: list[int]) -> np.ndarray:
+    def log_probabilities(self, tokens: list[int], last: int = 0) -> np.ndarray:
+        """As in Model; those after the `last` tokens alone, if given."""
         import torch
 
         model = self.pipeline.model
         with torch.inference_mode():
-            logits = model(torch.tensor([tokens], device=model.device)).logits[0]
+            ids = torch.tensor([tokens], device=model.device)
+            logits = model(ids, logits_to_keep=last).logits[0]
             return torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
 
 

@@ -136,7 +136,12 @@ class BatchDecoder:
 
     def score(self, tokens: list[int]) -> np.ndarray:
         self.reserve(len(tokens))
-        return self.run([Row(tokens, state=len(self.rows))], np.array([tokens]))[0]
+        row, logits = Row(state=len(self.rows)), []
+        # In pieces of equal length: one of a single token would take another kernel.
+        for piece in np.array_split(tokens, -(-len(tokens) // PROMPT_PIECE)):
+            row.tokens += piece.tolist()
+            logits.append(self.run([row], piece[np.newaxis])[0].copy())
+        return np.concatenate(logits)
 
     def run(self, rows: list[Row], ids: np.ndarray) -> np.ndarray:
         """Compute `ids` [rows, tokens], the ends of neighbouring rows' tokens.
