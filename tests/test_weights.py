@@ -96,13 +96,22 @@ def test_large_finite_numbers_are_numbers(tmp_path: Path) -> None:
     assert is_finite(Tensor(path, "F32", (0, 3), 0)) and is_finite(Tensor(path, "I64", (1,), 0))
 
 
-def test_a_token_without_a_row_in_the_embedding_is_named(checkpoint: Path) -> None:
+def add_token(checkpoint: Path, content: str) -> None:
     path = checkpoint / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
-    added = {"id": 49152, "content": "<|extra|>", "special": True, "single_word": False}
+    added = {"id": 49152, "content": content, "special": True, "single_word": False}
     added |= {"lstrip": False, "rstrip": False, "normalized": False}
     tokenizer["added_tokens"].append(added)
     path.write_text(json.dumps(tokenizer))
+
+
+def test_a_placeholder_of_images_needs_no_row(checkpoint: Path) -> None:
+    add_token(checkpoint, "<image_soft_token>")
+    require_weights(checkpoint, "x")
+
+
+def test_a_token_without_a_row_in_the_embedding_is_named(checkpoint: Path) -> None:
+    add_token(checkpoint, "<|extra|>")
     with pytest.raises(
         InputError, match=r"49152 rows, none for the tokenizer's '<\|extra\|>' \(id"
     ):

@@ -92,9 +92,9 @@ class Transformers:
         import torch
 
         model = self.pipeline.model
+        kept = {"logits_to_keep": last} if 0 < last < len(tokens) else {}
         with torch.inference_mode():
-            ids = torch.tensor([tokens], device=model.device)
-            logits = model(ids, logits_to_keep=last).logits[0]
+            logits = model(torch.tensor([tokens], device=model.device), **kept).logits[0]
             return torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
 
 

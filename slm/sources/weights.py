@@ -6,6 +6,7 @@ Files are matched to the model by their headers alone. Their numbers are read on
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ BITS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "F8_E5M2": (np.uint8, 0x7C),
     "F8_E4M3": (np.uint8, 0x7F),
 }
+# Stands for what is no text: Gemma 3's text models have <image_soft_token>, and no row for it.
+PLACEHOLDER = re.compile(r"<.*(image|audio|video).*>")
 PIECE = 1 << 20  # numbers that are read at once
 # What a prefix of all weights comes from, and how to save without it.
 PREFIXES = {
@@ -177,11 +180,15 @@ def require_complete(info: Mapping[str, Any], source: str) -> None:
 
 
 def require_rows(checkpoint: Path, rows: int, source: str) -> None:
-    """Raise if the tokenizer has a token for which the embedding has no row."""
+    """Raise if the tokenizer has a token of text for which the embedding has no row."""
     from transformers import AutoTokenizer
 
     vocabulary = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False).get_vocab()
-    if beyond := sorted((number, token) for token, number in vocabulary.items() if number >= rows):
+    if beyond := sorted(
+        (number, token)
+        for token, number in vocabulary.items()
+        if number >= rows and not PLACEHOLDER.fullmatch(token)
+    ):
         tokens = listed(f"{token!r} (id {number})" for number, token in beyond)
         raise InputError(
             f"{source}: the embedding has {rows} rows, none for the tokenizer's {tokens}. Save the "
