@@ -152,6 +152,7 @@ def test_a_tied_head_that_is_the_embedding_stays_tied(tiny: Path, tmp_path: Path
         ("{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}", [5, 2]),
         # Phi-3's: an eos after the whole conversation.
         ("{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}<|endoftext|>", [5, 2]),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}", [5]),
         ("{{ raise_exception('only with a system message') }}", [5]),
     ],
 )
