@@ -30,10 +30,16 @@ class Tokenizer:
         self.tokenizer = og.Tokenizer(self.model)
         self.folder = folder
         self.rows: int = genai_config["model"]["vocab_size"]  # of the embedding, and of the head
-        self.nameless = ids_without_token(read_json(folder / "tokenizer.json"), self.rows)
+        self.nameless = self.ids_without_token()
         # What it puts before every text by itself, such as a bos token.
         self.prefix = [int(token) for token in self.tokenizer.encode("")]
         self.end_tokens = frozenset(int(token) for token in self.tokenizer.eos_token_ids)
+
+    def ids_without_token(self) -> np.ndarray:
+        """The ids that stand for nothing, int64; none if the last one is a token's."""
+        if self.decode([self.rows - 1]).strip("\ufffd"):  # spares reading megabytes of JSON
+            return np.array([], np.int64)
+        return ids_without_token(read_json(self.folder / "tokenizer.json"), self.rows)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text; RequestError where the tokenizer knows a part of it not."""
