@@ -164,9 +164,9 @@ class Target:
     def __post_init__(self) -> None:
         require_name("target.name", self.name)
         options = self.builder_options
-        if self.quantizer is Quantizer.rtn and (
-            options.get("algo_config", "default") != "default" or "block_size" not in options
-        ):
+        quantized = isinstance(self.precision, Precision) and self.precision.bits
+        known = options.get("algo_config", "default") == "default" and "block_size" in options
+        if quantized and self.quantizer is Quantizer.rtn and not known:
             raise InputError(
                 f"target.quantizer=rtn needs a block_size, and no algo_config but default; found "
                 f"{options}. Other algorithms are the builder's: target.quantizer=builder."

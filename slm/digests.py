@@ -13,6 +13,7 @@ from typing import Any
 from slm.errors import InputError
 
 PROVENANCE = "provenance.json"
+LOCAL_FOLDER = "a local folder"  # as a source: the same files elsewhere are the same
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Provenance:
     A checkpoint has a `source`. An ONNX folder has a `target`, and inside it the provenance of the
     `checkpoint` that it was exported from; `checked_on` is the execution provider that it generated
     on, or "none". `graph` is who made the graph, and `refused` why others were not taken, by name.
+    `notes` say what was mended, and what of the checkpoint is not served.
     """
 
     files: dict[str, str]
@@ -36,12 +38,18 @@ class Provenance:
     refused: dict[str, str] = field(default_factory=dict)
     quantizer: str = ""
     builder_arguments: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     checkpoint: "Provenance | None" = None
 
     @property
     def origin(self) -> "Provenance":
         """The checkpoint's provenance."""
         return self.checkpoint or self
+
+    @property
+    def all_notes(self) -> list[str]:
+        """The notes of the checkpoint, and those of the ONNX folder."""
+        return (self.checkpoint.notes if self.checkpoint else []) + self.notes
 
     def json(self) -> dict[str, Any]:
         """What provenance.json and a logged model's metadata hold: everything that is not empty."""
@@ -103,12 +111,12 @@ def write_provenance(folder: Path, **facts: Any) -> Provenance:
 def read_provenance(folder: Path) -> Provenance:
     """Read provenance.json; InputError if a file no longer has the digest that it lists.
 
-    A folder without one was made by other means: the folder itself is then its source.
+    A folder without one was made by other means.
     """
     files = digest_others(folder)
     path = folder / PROVENANCE
     if not path.is_file():
-        return Provenance(files, source=str(folder))
+        return Provenance(files, source=LOCAL_FOLDER)
     provenance = Provenance.of(json.loads(path.read_text()))
     recorded = provenance.files
     changed = sorted(n for n in files.keys() | recorded if files.get(n) != recorded.get(n))

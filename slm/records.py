@@ -24,7 +24,10 @@ def from_json(record: type[T], values: Any) -> T:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder; `files` are SHA-256 by name, `revision` a commit, version or digest."""
+    """A checkpoint folder; `files` are SHA-256 by name, `revision` a commit, version or digest.
+
+    `source` is pinned and holds no path; as it was given, it is a parameter of the run.
+    """
 
     uri: str
     source: str

@@ -81,11 +81,11 @@ class ChatTemplate:
         return {**message, "content": content}
 
     def turn_end(self) -> str:
-        """What the template writes after an assistant's message."""
+        """What the template writes after an assistant's message; "" if it does not write it."""
         said = "§"
         user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": said}
         rendered = self.render([user, answer], add_generation_prompt=False)
-        return rendered.rpartition(said)[2]
+        return rendered.rpartition(said)[2] if said in rendered else ""
 
 
 def environment() -> jinja2.Environment:

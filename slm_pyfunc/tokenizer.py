@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
-from .chat_template import ChatTemplate
+from .chat_template import ChatTemplate, read_json
 from .parameters import RequestError
 
 
@@ -29,15 +29,26 @@ class Tokenizer:
         self.model = og.Model(config)
         self.tokenizer = og.Tokenizer(self.model)
         self.folder = folder
+        self.rows: int = genai_config["model"]["vocab_size"]  # of the embedding, and of the head
+        self.nameless = self.ids_without_token()
         # What it puts before every text by itself, such as a bos token.
         self.prefix = [int(token) for token in self.tokenizer.encode("")]
         self.end_tokens = frozenset(int(token) for token in self.tokenizer.eos_token_ids)
+
+    def ids_without_token(self) -> np.ndarray:
+        """The ids that stand for nothing, int64; none if the last one is a token's."""
+        if self.decode([self.rows - 1]).strip("\ufffd"):  # spares reading megabytes of JSON
+            return np.array([], np.int64)
+        return ids_without_token(read_json(self.folder / "tokenizer.json"), self.rows)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text; RequestError where the tokenizer knows a part of it not."""
         tokens = [int(token) for token in self.tokenizer.encode(text)]
         if min(tokens, default=0) < 0:
             raise RequestError("prompt has characters that are not in the model's vocabulary")
+        if max(tokens, default=0) >= self.rows:
+            token = self.decode([max(tokens)])
+            raise RequestError(f"prompt has the token {token!r}, which the model has no row for")
         return tokens
 
     def encode_alone(self, text: str) -> list[int]:
@@ -130,6 +141,14 @@ class Grammar:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise RuntimeError(f"response_format: no token fits the schema: {reason}") from error
+
+
+def ids_without_token(tokenizer: dict[str, Any], rows: int) -> np.ndarray:
+    """The ids below `rows` that stand for nothing, as a padded embedding has them: int64."""
+    vocabulary = tokenizer["model"]["vocab"]
+    named = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    added = [token["id"] for token in tokenizer.get("added_tokens", [])]
+    return np.setdiff1d(np.arange(rows), [*named, *added])
 
 
 def overlap(text: str, stop: str) -> int:

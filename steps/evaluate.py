@@ -21,7 +21,7 @@ from mlflow.data.pandas_dataset import from_pandas
 
 from slm.config import Baseline, Config, Interface
 from slm.errors import InputError
-from slm.evaluation.data import read_prompts, read_texts
+from slm.evaluation.data import read_long_text, read_prompts, read_texts
 from slm.evaluation.gates import gates_of, judge
 from slm.evaluation.harness import require_harness
 from slm.evaluation.measure import (
@@ -89,7 +89,7 @@ def evaluate(inputs: Inputs, conditions: str, config: Config, folder: Path) -> E
         machine=machine(),
         versions=versions(*LIBRARIES),
         digests=weight_digests(inputs.candidates[0], inputs.reference),
-        origin=inputs.reference.provenance,
+        provenance=inputs.candidates[0].provenance,
     )
     report, card = write_report(evaluation, about, config, folder)
     return replace(evaluation, report=str(report), model_card=card)
@@ -228,6 +228,7 @@ def main(config: Config) -> Evaluation:
         champion_against(candidates[0], config),
         read_texts(config.evaluate),
         read_prompts(config.evaluate),
+        read_long_text(config.evaluate),
     )
     conditions = conditions_of(inputs, config.evaluate)
     return run_step(

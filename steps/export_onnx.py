@@ -17,6 +17,7 @@ from slm.config import ROOT, Config, Export, Target
 from slm.digests import Provenance, read_provenance, require_files, size_mb, write_provenance
 from slm.exporters.builder import builder_arguments
 from slm.exporters.checks import require_it_generates
+from slm.exporters.generation import carry_over
 from slm.exporters.process import run_worker
 from slm.exporters.worker import Request
 from slm.records import OnnxModel
@@ -58,6 +59,8 @@ def export_onnx(
     require_files(
         onnx, "genai_config.json", "tokenizer.json", "tokenizer_config.json", made_by="export_onnx"
     )
+    notes = [f"the graph is not by {name}: {why}" for name, why in exported.refused.items()]
+    notes += carry_over(checkpoint, onnx)
     checked_on, differences = require_it_generates(onnx, checkpoint, target)
     arguments = builder_arguments(target) if exported.graph == "genai" else []
     onnx_provenance = write_provenance(
@@ -70,6 +73,7 @@ def export_onnx(
         quantizer=target.quantizer.value if target.precision.bits else "",
         builder_arguments=arguments,
         versions=versions(*LIBRARIES),
+        notes=notes,
     )
     return OnnxModel(
         uri=str(onnx),

@@ -17,8 +17,10 @@ from slm.records import Checkpoint
 from slm.running.command import entry_point
 from slm.running.run import run_step
 from slm.running.work import versions
+from slm.sources.mend import mend
 from slm.sources.resolve import Source, resolve
-from slm.sources.verify import architecture_of, read_json, require_described, require_weights
+from slm.sources.verify import architecture_of, read_json, require_described
+from slm.sources.weights import require_weights
 
 LIBRARIES = ("transformers", "gguf", "safetensors", "huggingface_hub")
 
@@ -27,25 +29,28 @@ def fetch(model: Model, source: Source, folder: Path) -> Checkpoint:
     """Bring `source` to `folder`/checkpoint, and verify it against what `model` expects."""
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
-    stated = source.bring(model, checkpoint)
-    licence = model.licence or stated or "unknown"
-    if stated and stated.lower() != licence.lower():
+    declared = source.bring(model, checkpoint)
+    licence = model.licence or declared.licence or "unknown"
+    if declared.licence and declared.licence.lower() != licence.lower():
         raise InputError(
-            f"{model.source} says its licence is {stated}; model.licence expects {licence}."
+            f"{model.source} says its licence is {declared.licence}; "
+            f"model.licence expects {licence}."
         )
     require_described(checkpoint, model)
-    require_weights(checkpoint, model)
+    ties = require_weights(checkpoint, model.source)
+    notes = mend(checkpoint, model.source, ties, declared.turn_end)
     provenance = write_provenance(
         checkpoint,
         model=model.name,
-        source=model.source,
+        source=source.pinned,
         revision=source.revision,
         licence=licence,
         versions=versions(*LIBRARIES),
+        notes=notes,
     )
     return Checkpoint(
         uri=str(checkpoint),
-        source=model.source,
+        source=source.pinned,
         revision=source.revision,
         licence=licence,
         architecture=architecture_of(read_json(checkpoint / "config.json")),

@@ -107,3 +107,50 @@ def write_as_phi3(folder: Path, checkpoint: Path, **config: Any) -> Path:
             weights[f"model.layers.{i}.{fused}.weight"] = fused_weight
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def write_tiny_gguf(path: Path, template: str, without: str = "") -> Path:
+    """Write a GGUF file of random weights, all but one if asked, with a byte-level tokenizer.
+
+    Its eos is <|endoftext|>, and its token that ends a turn <|im_end|>.
+    """
+    import numpy as np
+    from gguf import GGUFWriter, TokenType
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*special, *bytes_to_unicode().values(), "ab"]
+    width, heads = 32, 2
+    writer = GGUFWriter(path, "llama")
+    writer.add_license("apache-2.0")
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(width)
+    writer.add_block_count(1)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    kinds = [TokenType.CONTROL] * len(special) + [TokenType.NORMAL] * 257
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_eot_token_id(2)
+    writer.add_chat_template(template)
+    shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)}
+    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes |= {f"blk.0.{name}": (width, width) for name in names}
+    shapes |= {f"blk.0.{name}": (width,) for name in ("attn_norm", "ffn_norm")}
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        if name != without:
+            writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from slm.config import CONF, ROOT, Config, Interface
 from slm.digests import read_provenance
-from slm.evaluation.data import read_prompts, read_texts
+from slm.evaluation.data import read_long_text, read_prompts, read_texts
 from slm.evaluation.measure import Inputs, Measurement, Measuring, request_of
 from slm.exporters.builder import make
 from slm.exporters.graph import Rtn, write
@@ -46,7 +46,8 @@ TARGET = "cpu-int4-rtn-block-32-acc-level-4"
 TINY = (
     f"hydra.searchpath=[file://{ROOT / 'tests' / 'conf'}] evaluate=tiny "
     "log_pyfunc.prove_environment=false "
-    "model.gates.perplexity_ratio.max=3 model.gates.kl_divergence.max=2 "
+    "model.gates.perplexity_ratio.max=3 model.gates.perplexity_ratio_tail.max=4 "
+    "model.gates.kl_divergence.max=2 "
     "model.gates.top1_agreement.min=0.2 "
     "~evaluate.gates.decode_tokens_per_s"  # no verdict of a test hangs on a time
 )
@@ -265,7 +266,8 @@ def phi3(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measuring(packaged: Packaged) -> Measuring:
     """How `main` measured, and where it kept that."""
     settings = composed(*split_overrides(TINY)).evaluate
-    inputs = Inputs([], packaged.reference, None, read_texts(settings), read_prompts(settings))
+    texts = read_texts(settings), read_prompts(settings), read_long_text(settings)
+    inputs = Inputs([], packaged.reference, None, *texts)
     request = request_of(inputs, settings)
     return Measuring(request, packaged.evaluation.conditions, str(packaged.folder / "work"))
 

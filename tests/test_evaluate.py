@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -19,7 +20,13 @@ import yaml
 from slm.config import Baseline, Evaluate, Gate
 from slm.errors import InputError
 from slm.evaluation.data import read_prompts, read_texts
-from slm.evaluation.fidelity import Blocks, by_position, compare_with_reference, token_windows
+from slm.evaluation.fidelity import (
+    Blocks,
+    by_position,
+    compare_with_reference,
+    token_windows,
+    write_reference,
+)
 from slm.evaluation.gates import gates_of, judge
 from slm.evaluation.measure import (
     CONDITIONS,
@@ -31,7 +38,8 @@ from slm.evaluation.measure import (
     measure_champion,
     run_worker,
 )
-from slm.evaluation.models import Answer
+from slm.evaluation.models import Answer, Transformers
+from slm.evaluation.positions import turning_point
 from slm.evaluation.report import About, write_report
 from slm.evaluation.sanity import is_degenerate
 from slm.evaluation.speed import decode_rates
@@ -41,11 +49,12 @@ from slm.records import Evaluation, LoggedModel
 from slm.registry.names import version_with_alias
 from slm.running.command import split_overrides
 from steps.evaluate import champion_against, logged_pair, reasons_of
+from tests.checkpoints import write_as_phi3, write_shallow
 from tests.conftest import TINY, Generations, Packaged, composed, tracking
 from tests.registry_state import CHAT
 
 FIDELITY = {"perplexity", "perplexity_ratio", "kl_divergence", "kl_divergence_p99"}
-FIDELITY |= {"top1_agreement", "greedy_prefix_tokens"}
+FIDELITY |= {"top1_agreement", "greedy_prefix_tokens", "perplexity_ratio_tail"}
 SPEED = {"ttft_s_p50", "ttft_s_p95", "prefill_tokens_per_s", "decode_tokens_per_s"}
 SPEED |= {"batch_tokens_per_s", "load_s", "decode_tokens_per_s_at_32"}
 COST = {"peak_rss_mb", "size_mb"}
@@ -201,6 +210,48 @@ def test_divergence_is_that_of_the_candidate_from_the_reference(tmp_path: Path) 
     metrics, _ = compare_with_reference(candidate.log_probabilities, tmp_path)
     assert metrics["kl_divergence"] == pytest.approx(0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(5))
     assert metrics["perplexity_ratio"] == pytest.approx((1 / 0.1) / (1 / 0.5))
+    assert metrics["perplexity_ratio_tail"] == metrics["perplexity_ratio"]
+
+
+def test_a_fault_past_the_sliding_window_shows_in_the_tail(smollm2: Path, tmp_path: Path) -> None:
+    """The same weights without their window, as an export that dropped it would read them."""
+    from transformers import AutoTokenizer, Phi3ForCausalLM
+
+    shallow = write_shallow(tmp_path / "shallow", smollm2)
+    folder = write_as_phi3(tmp_path / "phi3", shallow, sliding_window=128)
+    phi3 = Phi3ForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = object.__new__(Transformers)  # without MLflow
+    model.pipeline, model.context_length = SimpleNamespace(model=phi3), 8192
+    model.tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.turning_point = turning_point(phi3.config)
+    text = "The lighthouse keeper wrote a letter about the storm, and nobody ever read it. " * 8
+    write_reference(model, [text], text, window=64, max_tokens=64, out=tmp_path)
+    phi3.config.sliding_window = None
+    metrics, series = compare_with_reference(model.log_probabilities, tmp_path)
+    assert metrics["scored_tokens"] == 63 + 64
+    assert abs(np.log(metrics["perplexity_ratio_tail"])) > 0.01
+    points = series["kl_by_position"]
+    assert max(kl for position, kl in points if position < 128) < 1e-6
+    assert max(kl for position, kl in points if position > 128) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "point"),
+    [
+        ({}, None),
+        ({"sliding_window": 2047}, 2047),
+        ({"sliding_window": 16384}, None),
+        ({"sliding_window": 512, "rope_parameters": {"rope_type": "longrope"}}, 4096),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, 4096),
+        ({"rope_parameters": {"rope_type": "yarn"}}, None),
+        ({"sliding_window": 2047, "max_position_embeddings": 2047}, None),
+    ],
+)
+def test_a_model_turns_at_its_window_or_where_its_rope_changes(
+    changes: dict[str, Any], point: int | None
+) -> None:
+    config = {"max_position_embeddings": 32768, "original_max_position_embeddings": 4096}
+    assert turning_point(SimpleNamespace(**{**config, **changes})) == point
 
 
 def test_windows_cover_the_tokens_in_order_up_to_the_budget() -> None:
@@ -476,11 +527,12 @@ def test_the_report_shows_how_the_candidate_stands_to_the_champion(
     twice_as_fast = {**evaluation.candidate_metrics}
     twice_as_fast["decode_tokens_per_s"] *= 2
     evaluation = replace(evaluation, champion="models:/some/7", champion_metrics=twice_as_fast)
-    origin = packaged.reference.provenance
-    about = About({"candidate": {}, "reference": {}}, "", {}, {}, origin)
+    provenance = replace(packaged.candidates.models[0].provenance, notes=["eos_token_id now has 2"])
+    about = About({"candidate": {}, "reference": {}}, "", {}, {}, provenance)
     report, card = write_report(evaluation, about, composed(), tmp_path)
     assert "models:/some/7" in report.read_text() and "2.0× worse" in report.read_text()
     assert "| champion |" in card
+    assert "eos_token_id now has 2" in report.read_text() and "eos_token_id now has 2" in card
 
 
 def test_a_failed_verdict_names_its_gate_and_is_not_registered(

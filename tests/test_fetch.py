@@ -2,6 +2,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,8 @@ from slm.errors import InputError
 from slm.records import Checkpoint
 from slm.sources.resolve import resolve
 from steps.fetch import fetch
-from tests.conftest import Packaged, composed
+from tests.checkpoints import write_tiny_gguf
+from tests.conftest import Packaged, Project, composed
 
 
 def fetched(source: Path | str, tmp_path: Path, **changes: object) -> Checkpoint:
@@ -146,6 +148,37 @@ def test_the_same_files_in_another_folder_are_the_same_revision(
     assert changed.identity != sources[0].identity
 
 
+def test_the_same_weights_from_another_folder_are_reused_or_come_out_the_same(
+    project: Project, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    (other / "training.log").write_text("not taken")
+    own = ["model.name=m", "model.architecture=null", "model.context_length=null"]
+    first, second = (project.call("fetch", *own, f"model.source={f}") for f in (checkpoint, other))
+    assert second.uri == first.uri
+    run, _ = project.runs("fetch")
+    assert (run.data.tags["reused"], run.data.params["model.source"]) == ("true", str(other))
+    shutil.rmtree(project.folder / "work")
+    recorded = read_provenance_of(project.call("fetch", *own, f"model.source={other}"))
+    shutil.rmtree(project.folder / "work")
+    again = read_provenance_of(project.call("fetch", *own, f"model.source={checkpoint}"))
+    assert recorded == again and str(tmp_path) not in recorded
+
+
+def read_provenance_of(fetched: Checkpoint) -> str:
+    return (Path(fetched.uri) / "provenance.json").read_text()
+
+
+def test_a_gguf_from_another_folder_becomes_the_same_checkpoint(tmp_path: Path) -> None:
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    recorded = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        gguf = write_tiny_gguf(tmp_path / name / "model.gguf", template)
+        recorded.append(read_provenance_of(fetched(gguf, tmp_path / name)))
+    assert recorded[0] == recorded[1] and str(tmp_path) not in recorded[0]
+
+
 def test_several_gguf_files_are_named_with_how_to_choose_one(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
@@ -185,7 +218,8 @@ def test_a_chat_template_beside_a_gguf_is_that_of_the_checkpoint(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tiny, output_loading_info=True)
+    read = AutoTokenizer.from_pretrained(tiny), *loaded
     monkeypatch.setattr("slm.sources.gguf.load", lambda _: read)
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     (small_gguf.parent / "chat_template.jinja").write_text(template)
@@ -200,7 +234,7 @@ def test_another_source_has_neither_digests_nor_licence_of_the_configured_one(
     """The README's advice: a source and a name of one's own, with the default model."""
     own = [f"model.source={tiny}", "model.name=elsewhere"]
     fetched = packaged.call("fetch", *own)
-    assert (fetched.source, fetched.licence) == (str(tiny), "unknown")
+    assert (fetched.source, fetched.licence) == ("a local folder", "unknown")
     with pytest.raises(InputError, match=r"config\.json: SHA-256 is .*; expected 00"):
         packaged.call("fetch", *own, "+model.sha256={config.json: '00'}")
 

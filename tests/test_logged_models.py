@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 
+from slm.config import Interface
 from slm.digests import write_provenance
 from slm.environments import environment_of
 from slm.errors import InputError, StepError
 from slm.running.command import parameters_of
+from steps import log_pyfunc
 from steps.log_pyfunc import prove_environment, runtime_requirements
-from tests.conftest import MODEL, TARGET, Packaged, Project, tracking
+from tests.conftest import MODEL, TARGET, Packaged, Project, log_onnx, tracking
 
 FRANCE = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 SKY = "<|im_start|>user\nWhat colour is the sky?<|im_end|>\n<|im_start|>assistant\n"
@@ -384,6 +387,23 @@ def test_a_json_object_comes_as_asked(chat: Any) -> None:
     answer = converse(chat, USER[0]["content"], response_format=response_format, max_tokens=40)
     content = json.loads(answer["choices"][0]["message"]["content"])
     assert content["capital"] in ("Paris", "Rome")
+
+
+def test_two_versions_in_one_process_run_their_own_code(
+    project: Project, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    for name in ("first", "second"):
+        package = shutil.copytree(log_pyfunc.PACKAGE, tmp_path / name / "slm_pyfunc")
+        entry = package / "chat.py"
+        entry.write_text(entry.read_text().replace('"object": kind,', f'"object": "{name}",'))
+        with tracking(project), monkeypatch.context() as patched:
+            patched.setattr(log_pyfunc, "PACKAGE", package)
+            [logged] = log_onnx(tiny_onnx, 4, Interface.chat)
+            loaded.append(mlflow.pyfunc.load_model(logged.uri))
+    for _ in range(2):
+        found = [model.predict({"messages": USER, "max_tokens": 2})["object"] for model in loaded]
+        assert found == ["first", "second"]
 
 
 def test_the_checkpoint_answers_with_openais_schema_and_its_own_name(transformers: Any) -> None:

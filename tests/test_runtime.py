@@ -83,7 +83,8 @@ def test_the_generators_of_onnxruntime_genai_agree_with_the_batch(
         for _ in range(8):
             assert left.argmax() == right.argmax()
             token = int(left.argmax())
-            left, right = (decoder.step([row], [token])[0] for decoder, row in rows)
+            steps = [decoder.step([row], [token])[0] for decoder, row in rows]
+            left, right = map(np.asarray, steps)
         for decoder, row in rows:
             decoder.close(row)
     assert single.kept
@@ -231,6 +232,51 @@ def test_an_error_while_computing_reaches_its_caller_and_not_the_next(
     with pytest.raises(RuntimeError, match="out of memory"):
         runtime.answer(*question)
     assert texts(runtime.answer(*question)) == expected
+
+
+@pytest.mark.parametrize("computed", [0, 12], ids=["reading", "answering"])
+@pytest.mark.parametrize("decoder", ["BatchDecoder", "GeneratorDecoder"])
+def test_a_sequence_that_cannot_be_computed_fails_alone(
+    tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch, decoder: str, computed: int
+) -> None:
+    alone = decoder == "GeneratorDecoder"
+    monkeypatch.setattr("slm_pyfunc.engine.runtime.has_longrope", lambda _: alone)
+    runtime, bad = Runtime(tiny_onnx), 500
+    prompts = [[start, 7, 8, 9] for start in (400, bad, 600, 700)]
+    parameters = Parameters(max_tokens=60)
+    expected = [texts(runtime.answer([prompt], parameters)) for prompt in prompts]
+    assert type(runtime.scheduler.decoder).__name__ == decoder
+    batches = []
+
+    def failing(compute: Any) -> Any:
+        def run(rows: Any, ids: Any) -> Any:
+            every = rows if isinstance(rows, list) else [rows]
+            batches.append(len(every))
+            if any(row.tokens[:1] == [bad] and len(row.tokens) > computed for row in every):
+                raise RuntimeError("indices element out of data bounds")
+            return compute(rows, ids)
+
+        return run
+
+    method = "extend" if alone else "run"
+    compute = getattr(runtime.scheduler.decoder, method)
+    monkeypatch.setattr(runtime.scheduler.decoder, method, failing(compute))
+
+    def ask(prompt: list[int]) -> list[str]:
+        try:
+            return texts(runtime.answer([prompt], parameters))
+        except RuntimeError as error:
+            return [str(error)]
+
+    for _ in range(2):
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            found = list(pool.map(ask, prompts))
+        assert found.pop(1) == ["indices element out of data bounds"]
+        assert found == [expected[0], *expected[2:]]
+    assert alone or max(batches) > 2
+    wait_for_idle(runtime)
+    monkeypatch.undo()
+    assert texts(runtime.answer(prompts[1:2], parameters)) == expected[1]
 
 
 def test_a_sequence_without_memory_fails_alone(

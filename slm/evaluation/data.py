@@ -9,11 +9,13 @@ Texts are JSON Lines, plain text, CSV or Parquet, here or in a dataset at the Hu
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from slm.config import ROOT, Evaluate
 from slm.errors import InputError
+from slm.evaluation.positions import LIMIT
 from slm.evaluation.tasks import require_prompt
 from slm.sources.hub import hub_file
 
@@ -54,6 +56,12 @@ def read_texts(config: Evaluate) -> list[dict[str, Any]]:
             f"{config.texts} has no text of kinds {config.kinds} and languages {config.languages}."
         )
     return texts
+
+
+def read_long_text(config: Evaluate) -> str:
+    """All texts in one, whatever their kind and language, long enough for LIMIT and a window."""
+    everything = replace(config, kinds=[], languages=[], max_tokens=LIMIT + config.window)
+    return "\n\n".join(row["text"] for row in read_texts(everything))
 
 
 def read_prompts(config: Evaluate) -> list[dict[str, Any]]:

@@ -22,16 +22,24 @@ Scorer = Callable[[list[int]], np.ndarray]  # a Model's log_probabilities
 
 
 def write_reference(
-    model: Transformers, texts: list[str], window: int, max_tokens: int, out: Path
+    model: Transformers, texts: list[str], long_text: str, window: int, max_tokens: int, out: Path
 ) -> dict[str, float]:
-    """Score the texts; leave tokens and log-probabilities in `out`."""
+    """Score the texts; leave tokens and log-probabilities in `out`.
+
+    If the model has a length beyond which it reads otherwise, `window` tokens beyond it are scored
+    besides, of the long text.
+    """
     losses, blocks = [], Blocks()
     windows = token_windows(
         [model.tokenizer(text)["input_ids"] for text in texts], window, max_tokens
     )
+    scored = [len(tokens) - 1 for tokens in windows]
+    if (point := model.turning_point) is not None:
+        windows.append(long_window(model, long_text, min(point + window, model.context_length)))
+        scored.append(len(windows[-1]) - point)
     for i, tokens in enumerate(tqdm(windows, desc="scoring", leave=False)):
-        logp = model.log_probabilities(tokens)[:-1]
-        losses.append(-logp[np.arange(len(logp)), tokens[1:]])
+        logp = model.log_probabilities(tokens, last=scored[i] + 1)[:-1]
+        losses.append(-logp[np.arange(len(logp)), tokens[-len(logp) :]])
         blocks.add(len(logp))
         np.save(out / f"tokens-{i:05}.npy", np.array(tokens))
         np.save(out / f"logp-{i:05}.npy", logp)
@@ -48,29 +56,39 @@ def compare_with_reference(
     """Score the same tokens: perplexity, KL(reference || candidate) in nats, top-1 agreement.
 
     Returns metrics, with the ends of their 95 % intervals, and the series `kl_by_position`: pairs
-    of the position in the window and the mean divergence about there.
+    of the position in the window and the mean divergence about there. The tail is the last quarter
+    of each window: faults of position show there.
     """
     losses, reference_losses, divergences, agreements, positions = [], [], [], [], []
-    blocks = Blocks()
+    blocks, tails, tail_blocks = Blocks(), [], Blocks()
     for path in tqdm(sorted(reference.glob("tokens-*.npy")), desc="scoring", leave=False):
         tokens = np.load(path).tolist()
         p = np.load(path.with_name(path.name.replace("tokens", "logp")))
-        q = log_probabilities(tokens)[:-1, : p.shape[1]]  # a graph may pad its vocabulary
-        rows = np.arange(len(p))
-        losses.append(-q[rows, tokens[1:]])
-        reference_losses.append(-p[rows, tokens[1:]])
+        # A graph may pad its vocabulary.
+        q = log_probabilities(tokens)[-len(p) - 1 : -1, : p.shape[1]]
+        rows, following = np.arange(len(p)), tokens[-len(p) :]
+        losses.append(-q[rows, following])
+        reference_losses.append(-p[rows, following])
         divergences.append((np.exp(p) * (p - q)).sum(axis=-1))
         agreements.append(p.argmax(axis=-1) == q.argmax(axis=-1))
-        positions.append(rows)
+        positions.append(len(tokens) - 1 - len(p) + rows)
         blocks.add(len(p))
+        tails.append(positions[-1] >= 3 * (len(tokens) - 1) // 4)
+        tail_blocks.add(int(tails[-1].sum()))
     loss, divergence = np.concatenate(losses), np.concatenate(divergences)
     loss_ratio = loss - np.concatenate(reference_losses)
+    tail_ratio = loss_ratio[np.concatenate(tails)]
     agreement = np.concatenate(agreements).astype(float)
     mean = blocks.interval_of_mean
     metrics = {
         "scored_tokens": float(len(loss)),
         **bounded("perplexity", np.exp(loss.mean()), np.exp(mean(loss))),
         **bounded("perplexity_ratio", np.exp(loss_ratio.mean()), np.exp(mean(loss_ratio))),
+        **bounded(
+            "perplexity_ratio_tail",
+            np.exp(tail_ratio.mean()),
+            np.exp(tail_blocks.interval_of_mean(tail_ratio)),
+        ),
         **bounded("kl_divergence", divergence.mean(), mean(divergence)),
         **bounded(
             "kl_divergence_p99",
@@ -147,6 +165,12 @@ def token_windows(texts: list[list[int]], window: int, max_tokens: int) -> list[
                 windows.append(piece)
                 left -= len(piece)
     return windows
+
+
+def long_window(model: Transformers, text: str, length: int) -> list[int]:
+    """The first `length` tokens of a text, which is repeated if it is too short."""
+    tokens = model.tokenizer(text)["input_ids"]
+    return (tokens * -(-length // len(tokens)))[:length]
 
 
 def write_greedy(

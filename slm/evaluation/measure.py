@@ -51,7 +51,8 @@ class Champion:
 class Inputs:
     """What is measured: logged models, the champion that they stand against, texts and prompts.
 
-    `candidates` are the interfaces of one ONNX model, the one to measure first.
+    `candidates` are the interfaces of one ONNX model, the one to measure first. `long_text` is
+    scored as far as the model changes with the position.
     """
 
     candidates: list[LoggedModel]
@@ -59,6 +60,7 @@ class Inputs:
     champion: Champion | None
     texts: list[dict[str, Any]]
     prompts: list[dict[str, Any]]
+    long_text: str
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ def request_of(inputs: Inputs, settings: Evaluate) -> Request:
     prompts = [prompt["inputs"] for prompt in inputs.prompts]
     return Request(
         texts=[row["text"] for row in inputs.texts],
+        long_text=inputs.long_text,
         prompts=[Prompt(p["messages"], p.get("max_tokens")) for p in prompts],
         window=settings.window,
         max_tokens=settings.max_tokens,
@@ -228,7 +231,7 @@ def conditions_of(inputs: Inputs, settings: Evaluate) -> str:
     shared = asdict(settings)
     for judgement in ("gates", "remeasure_champion"):
         shared.pop(judgement)
-    data = [inputs.texts, inputs.prompts]
+    data = [inputs.texts, inputs.prompts, inputs.long_text]
     return digest_of([shared, data, code_digests(WORKER), versions(*LIBRARIES), machine()])
 
 

@@ -41,6 +41,7 @@ METRICS = {
         Metric("deterministic", "The same seed gives the same answer", check=True),
         Metric("perplexity", "Perplexity", 2, False, bar="Perplexity"),
         Metric("perplexity_ratio", "Perplexity ratio, to the checkpoint", 3, False),
+        Metric("perplexity_ratio_tail", "Perplexity ratio, last quarter of each window", 3, False),
         Metric("kl_divergence", "KL divergence, mean (nats)", 3, False),
         Metric("kl_divergence_p99", "KL divergence, 99th percentile (nats)", 2, False),
         Metric("top1_agreement", "Top-1 agreement (share of tokens)", 3, True),

@@ -7,6 +7,8 @@ import mlflow
 import numpy as np
 import pandas as pd
 
+from slm.evaluation.positions import turning_point
+
 Messages = list[dict[str, str]]
 
 
@@ -20,9 +22,10 @@ class Answer(NamedTuple):
 
 
 class Model(Protocol):
-    """A loaded model; `end_token` is one that ends its texts."""
+    """A loaded model; `end_tokens` are the ids that end its texts, `end_token` is one of them."""
 
     end_token: int
+    end_tokens: list[int]
 
     def ask(self, conversations: list[Messages], max_tokens: int) -> list[Answer]:
         """The greedy answers, in one `predict`."""
@@ -52,7 +55,11 @@ class Transformers:
         self.pipeline = self.pyfunc.get_raw_model()
         self.tokenizer = self.pipeline.tokenizer
         self.end_token = self.tokenizer.eos_token_id
-        self.context_length: int = self.pipeline.model.config.max_position_embeddings
+        ids = self.pipeline.model.generation_config.eos_token_id
+        self.end_tokens = ids if isinstance(ids, list) else [self.end_token if ids is None else ids]
+        config = self.pipeline.model.config
+        self.context_length: int = config.max_position_embeddings
+        self.turning_point = turning_point(config)
 
     def ask(self, conversations: list[Messages], max_tokens: int) -> list[Answer]:
         requests = [{"messages": messages, "max_tokens": max_tokens} for messages in conversations]
@@ -80,12 +87,14 @@ class Transformers:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def log_probabilities(self, tokens: list[int]) -> np.ndarray:
+    def log_probabilities(self, tokens: list[int], last: int = 0) -> np.ndarray:
+        """As in Model; those after the `last` tokens alone, if given."""
         import torch
 
         model = self.pipeline.model
+        kept = {"logits_to_keep": last} if 0 < last < len(tokens) else {}
         with torch.inference_mode():
-            logits = model(torch.tensor([tokens], device=model.device)).logits[0]
+            logits = model(torch.tensor([tokens], device=model.device), **kept).logits[0]
             return torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
 
 
@@ -99,7 +108,8 @@ class Genai:
         self.runtime = self.pyfunc.unwrap_python_model().runtime
         self.log_probabilities = self.runtime.log_probabilities
         self.encode = self.runtime.tokenizer.encode
-        self.end_token = min(self.runtime.tokenizer.end_tokens)
+        self.end_tokens = sorted(self.runtime.tokenizer.end_tokens)
+        self.end_token = self.end_tokens[0]
 
     def ask(self, conversations: list[Messages], max_tokens: int, **sampling: Any) -> list[Answer]:
         parameters = {"max_tokens": max_tokens, **(sampling or {"temperature": 0.0})}

@@ -23,13 +23,13 @@ COLOURS = {"reference": "#9aa5b1", "champion": "#c9a227", "candidate": "#2f6fab"
 @dataclass(frozen=True)
 class About:
     """What a report says besides the evaluation: the drawn `series` of both sides, by name, the
-    machine, versions of libraries, SHA-256 of weights by file, and where the checkpoint is from."""
+    machine, versions of libraries, SHA-256 of weights by file, and the ONNX model's provenance."""
 
     series: dict[str, dict[str, Any]]
     machine: str
     versions: dict[str, str]
     digests: dict[str, str]
-    origin: Provenance
+    provenance: Provenance
 
 
 def write_report(

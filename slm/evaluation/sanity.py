@@ -34,6 +34,7 @@ def write_expectations(model: Transformers, answers: list[Answer], out: Path) ->
     expected = {
         "rendered": rendered,
         "ended": [answer.ended for answer in answers],
+        "end_tokens": model.end_tokens,
         "special_tokens": model.tokenizer.all_special_tokens,
     }
     (out / "expected.json").write_text(json.dumps(expected))
@@ -44,7 +45,8 @@ def check_sanity(model: Genai, answers: list[Answer], reference: Path) -> Checke
     expected = json.loads((reference / "expected.json").read_text())
     failures = {
         "chat_template_match": template_difference(model, expected["rendered"]),
-        "stop_token_honoured": stop_failure(answers, expected["ended"], expected["special_tokens"]),
+        "stop_token_honoured": end_token_failure(model, expected["end_tokens"])
+        or stop_failure(answers, expected["ended"], expected["special_tokens"]),
         "deterministic": seed_failure(model),
     }
     words = {name: failure for name, failure in failures.items() if failure}
@@ -63,6 +65,16 @@ def template_difference(model: Genai, expected: list[tuple[Messages, str, list[i
         if found_tokens != tokens:
             return f"the tokenizer encodes {text!r} as {found_tokens}, the checkpoint's as {tokens}"
     return ""
+
+
+def end_token_failure(model: Genai, end_tokens: list[int]) -> str:
+    """Whether the model lacks an end token of the checkpoint, in words.
+
+    fetch saw to it that the token which ends a turn is among them: so this holds also against a
+    checkpoint none of whose answers ended.
+    """
+    lacking = sorted(set(end_tokens) - set(model.end_tokens))
+    return f"its end tokens lack {lacking}, at which the checkpoint ends" if lacking else ""
 
 
 def stop_failure(answers: list[Answer], ended: list[bool], special_tokens: list[str]) -> str:

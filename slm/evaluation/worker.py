@@ -42,9 +42,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: texts and prompts, and the settings of conf/evaluate that say how."""
+    """What to measure: texts and prompts, and the settings of conf/evaluate that say how.
+
+    `long_text` is for what shows in long texts alone.
+    """
 
     texts: list[str]
+    long_text: str
     prompts: list[Prompt]
     window: int
     max_tokens: int
@@ -90,7 +94,9 @@ def measure_checkpoint(folder: str, request: Request, out: Path) -> Found:
     found.add(speed_of(model, request))
     answers, answered = answer_prompts(model, request)
     found.add(answered)
-    scored = fidelity.write_reference(model, request.texts, request.window, request.max_tokens, out)
+    scored = fidelity.write_reference(
+        model, request.texts, request.long_text, request.window, request.max_tokens, out
+    )
     found.metrics |= scored
     log.info("measure: scored %d tokens", scored["scored_tokens"])
     conversations = [prompt.messages for prompt in request.prompts]

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from slm.config import ROOT, Model
-from slm.digests import digest_file, digest_of
+from slm.digests import LOCAL_FOLDER, digest_file, digest_of
 from slm.errors import InputError
 from slm.sources.gguf import dequantize, template_beside
 from slm.sources.verify import (
+    Declared,
     is_weights,
     place_description,
     place_weights,
@@ -32,6 +33,10 @@ class Folder:
     form: ClassVar[str] = "a local folder, or a path to a .gguf file"
 
     @property
+    def pinned(self) -> str:
+        return "a local GGUF file" if self.names[0].endswith(".gguf") else LOCAL_FOLDER
+
+    @property
     def identity(self) -> dict[str, str]:
         return {"revision": self.revision}
 
@@ -53,14 +58,14 @@ class Folder:
         digests = {name: digest_file(folder / name) for name in read}
         return cls(str(folder), tuple(taken), digest_of(digests))
 
-    def bring(self, model: Model, checkpoint: Path) -> str | None:
+    def bring(self, model: Model, checkpoint: Path) -> Declared:
         folder, names = Path(self.path), list(self.names)
         require_known(names, model)
         if names[0].endswith(".gguf"):
             return dequantize(folder / names[0], model, checkpoint)
         place_description(folder, names, model, checkpoint)
         place_weights(folder, names, model, checkpoint)
-        return None
+        return Declared()
 
 
 def names_to_take(folder: Path, model: Model) -> list[str]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from slm.config import Model
 from slm.errors import InputError, one_line
-from slm.sources.verify import NO_TEMPLATE, require_digest, require_known
+from slm.sources.verify import NO_TEMPLATE, Declared, require_digest, require_known
+from slm.sources.weights import require_complete
 
 log = logging.getLogger("slm.sources")
 
@@ -19,8 +20,8 @@ def template_beside(folder: Path, names: list[str]) -> list[str]:
     return [TEMPLATE_FILE] if is_gguf and (folder / TEMPLATE_FILE).is_file() else []
 
 
-def dequantize(gguf: Path, model: Model, checkpoint: Path) -> str | None:
-    """Verify a GGUF file, write it as a float32 checkpoint, and return its licence.
+def dequantize(gguf: Path, model: Model, checkpoint: Path) -> Declared:
+    """Verify a GGUF file, write it as a float32 checkpoint, and return what it declares.
 
     A chat_template.jinja beside the file takes the place of the template inside it.
     """
@@ -33,18 +34,20 @@ def dequantize(gguf: Path, model: Model, checkpoint: Path) -> str | None:
         raise InputError(f"{model.source}: {NO_TEMPLATE}.")
     log.info("fetch: dequantizing %s to float32", gguf.name)
     try:
-        tokenizer, causal_lm = load(gguf)
+        tokenizer, causal_lm, info = load(gguf)
     except Exception as error:  # of transformers and gguf alike: an unknown architecture, say
         raise InputError(
             f"transformers cannot read {gguf.name}: {one_line(error)[:300]}"
         ) from error
+    require_complete(info, gguf.name)
     tokenizer.chat_template = template
     mend_tokenizer(tokenizer, fields)
     tokenizer.save_pretrained(checkpoint)
     causal_lm.save_pretrained(checkpoint)
     for path in checkpoint.iterdir():
         path.chmod(0o644)  # safetensors writes for its owner alone
-    return field(fields, "general.license")
+    turn_end = field(fields, "tokenizer.ggml.eot_token_id")
+    return Declared(field(fields, "general.license"), None if turn_end is None else int(turn_end))
 
 
 def read_fields(gguf: Path) -> dict[str, Any]:
@@ -67,17 +70,21 @@ def field(fields: dict[str, Any], name: str) -> Any:
     return fields[name].contents() if name in fields else None
 
 
-def load(gguf: Path) -> tuple[Any, Any]:
-    """The tokenizer and the dequantized model, as transformers reads them."""
+def load(gguf: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """The tokenizer, the dequantized model and its loading info, as transformers reads them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder = str(gguf.parent)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
     quantization = GgufConfig(gguf_file=gguf.name, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=gguf.name, quantization_config=quantization
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=gguf.name,
+        quantization_config=quantization,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
-    return tokenizer, model
+    return tokenizer, *loaded
 
 
 def mend_tokenizer(tokenizer: Any, fields: dict[str, Any]) -> None:

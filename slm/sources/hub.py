@@ -12,6 +12,7 @@ from slm.config import Model
 from slm.errors import InputError, UnreachableError, UserError
 from slm.sources.verify import (
     WANTED,
+    Declared,
     is_weights,
     place_description,
     place_weights,
@@ -35,6 +36,10 @@ class Hub:
     form: ClassVar[str] = "hf://org/name@revision"
 
     @property
+    def pinned(self) -> str:
+        return f"hf://{self.name}@{self.revision}"
+
+    @property
     def identity(self) -> dict[str, str]:
         return asdict(self)
 
@@ -47,7 +52,7 @@ class Hub:
         is_commit = re.fullmatch(r"[0-9a-f]{40}", revision)
         return cls(name, revision if is_commit else hub_info(name, revision).sha)
 
-    def bring(self, model: Model, checkpoint: Path) -> str | None:
+    def bring(self, model: Model, checkpoint: Path) -> Declared:
         """Download the wanted files at the commit, through the Hugging Face cache.
 
         Without the hub, a commit that is wholly in the cache is taken from there.
@@ -65,7 +70,7 @@ class Hub:
             for name in filter(is_weights, names):
                 require_digest(cached / name, digest_in_cache(cached / name))
             place_weights(cached, names, model, checkpoint)
-            return None
+            return Declared()
         names = [file.rfilename for file in info.siblings]
         require_safetensors(names, f"hf://{self.name}")
         wanted = wanted_names(names)
@@ -77,7 +82,7 @@ class Hub:
             if file.lfs and file.rfilename in wanted:
                 require_digest(cached / file.rfilename, file.lfs.sha256)
         place_weights(cached, wanted, model, checkpoint)
-        return (info.card_data or {}).get("license")
+        return Declared((info.card_data or {}).get("license"))
 
     def download(self, names: list[str]) -> Path:
         """Bring files into the cache; return the commit's folder there."""

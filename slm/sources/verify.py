@@ -1,4 +1,4 @@
-"""What makes a folder a checkpoint: known files, a known architecture, whole and expected weights.
+"""What makes a folder a checkpoint: known files, a known architecture, a readable tokenizer.
 
 Nothing that came with a checkpoint is executed: pickled weights are refused, and Python files and
 references to them (`auto_map`) are left behind.
@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,6 +41,14 @@ PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 NO_TEMPLATE = (
     "its tokenizer has no chat template. Put one beside the weights, as chat_template.jinja"
 )
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a source says besides files: its licence, the id of the token that ends a turn."""
+
+    licence: str | None = None
+    turn_end: int | None = None
 
 
 def wanted_names(names: list[str]) -> list[str]:
@@ -112,8 +121,7 @@ def leave_code_behind(checkpoint: Path) -> None:
         config = read_json(path)
         if config.pop("auto_map", None):
             log.info("%s: its reference to Python code (auto_map) is left behind", path.name)
-            path.unlink()  # it may be a link into a cache
-            path.write_text(json.dumps(config, indent=2) + "\n")
+            write_json(path, config)
 
 
 def require_described(checkpoint: Path, model: Model) -> None:
@@ -148,23 +156,6 @@ def require_described(checkpoint: Path, model: Model) -> None:
         raise InputError(f"{model.source}: {NO_TEMPLATE}.")
 
 
-def require_weights(checkpoint: Path, model: Model) -> None:
-    """Raise unless every file of weights is there and can be opened."""
-    from safetensors import SafetensorError, safe_open
-
-    weights = sorted(checkpoint.glob("*.safetensors"))
-    index = checkpoint / "model.safetensors.index.json"
-    shards = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
-    if missing := sorted(shards - {path.name for path in weights}):
-        raise InputError(f"{model.source} lacks {', '.join(missing)}, which {index.name} names.")
-    for path in weights:
-        try:
-            with safe_open(path, "np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path.name} is truncated or damaged. Fetch it again.") from error
-
-
 def architecture_of(config: dict[str, Any]) -> str:
     """The architecture that a config.json names first."""
     return (config.get("architectures") or ["none"])[0]
@@ -179,3 +170,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path.name} is not a JSON object.")
     return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object in place of a file of the checkpoint."""
+    path.unlink(missing_ok=True)  # it may be a link into a cache
+    path.write_text(json.dumps(value, indent=2) + "\n")

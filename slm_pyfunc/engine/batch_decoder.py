@@ -103,12 +103,22 @@ class BatchDecoder:
         row.tokens += tokens
         return self.run([row], np.array([tokens]))[0, -1]
 
-    def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray]:
+    def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray | Exception]:
         for row, token in zip(rows, tokens, strict=True):
             row.tokens.append(token)
         neighbours = sorted(rows, key=lambda row: row.state)
-        logits = self.run(neighbours, np.array([[row.tokens[-1]] for row in neighbours]))
+        try:
+            logits = self.run(neighbours, np.array([[row.tokens[-1]] for row in neighbours]))
+        except Exception as error:  # perhaps of one row
+            return [self.step_alone(row) for row in rows] if len(rows) > 1 else [error]
         return [logits[row.state - neighbours[0].state, -1] for row in rows]
+
+    def step_alone(self, row: Row) -> np.ndarray | Exception:
+        """The row's logits, computed after a batch failed, or its error."""
+        try:
+            return self.run([row], np.array([row.tokens[-1:]]))[0, -1].copy()
+        except Exception as error:
+            return error
 
     def close(self, row: Row) -> None:
         gap, last = row.state, len(self.rows) - 1
@@ -126,7 +136,12 @@ class BatchDecoder:
 
     def score(self, tokens: list[int]) -> np.ndarray:
         self.reserve(len(tokens))
-        return self.run([Row(tokens, state=len(self.rows))], np.array([tokens]))[0]
+        row, logits = Row(state=len(self.rows)), []
+        # In pieces of equal length: one of a single token would take another kernel.
+        for piece in np.array_split(tokens, -(-len(tokens) // PROMPT_PIECE)):
+            row.tokens += piece.tolist()
+            logits.append(self.run([row], piece[np.newaxis])[0].copy())
+        return np.concatenate(logits)
 
     def run(self, rows: list[Row], ids: np.ndarray) -> np.ndarray:
         """Compute `ids` [rows, tokens], the ends of neighbouring rows' tokens.

@@ -42,8 +42,11 @@ class Decoder(Protocol):
         Returns the logits after them, [vocabulary].
         """
 
-    def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray]:
-        """Append one token to each row; logits after it, [vocabulary] each."""
+    def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray | Exception]:
+        """Append one token to each row; logits after it, [vocabulary] each.
+
+        In place of a row's logits stands the error of a row that cannot be computed.
+        """
 
     def close(self, row: Row) -> None:
         """Give up a row; what it computed is kept for later ones, within the budget."""

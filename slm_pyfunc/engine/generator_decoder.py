@@ -82,11 +82,17 @@ class GeneratorDecoder:
         generator.append_tokens(tokens)
         return generator.get_logits().reshape(-1)
 
-    def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray]:
-        return [self.extend(row, [token]) for row, token in zip(rows, tokens, strict=True)]
+    def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray | Exception]:
+        logits: list[np.ndarray | Exception] = []
+        for row, token in zip(rows, tokens, strict=True):
+            try:
+                logits.append(self.extend(row, [token]))
+            except Exception as error:
+                logits.append(error)
+        return logits
 
     def close(self, row: Row) -> None:
-        if row.state[1] * self.bytes_per_token > self.budget:
+        if not row.tokens or row.state[1] * self.bytes_per_token > self.budget:
             return
         self.kept.append(row)
         while sum(kept.state[1] for kept in self.kept) * self.bytes_per_token > self.budget:

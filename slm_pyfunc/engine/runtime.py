@@ -82,7 +82,10 @@ class Runtime:
             self.tokenizer = tokenizer.result()
         settings = self.settings
         turn = Turn(needed=settings.threads is None and self.execution_provider == "cpu")
-        self.scheduler = Scheduler(decoder, settings.max_batch_size, settings.max_queue_size, turn)
+        nameless = self.tokenizer.nameless
+        self.scheduler = Scheduler(
+            decoder, settings.max_batch_size, settings.max_queue_size, turn, nameless
+        )
         self.loaded = True
         LOADED.add(self)
 

@@ -111,8 +111,10 @@ class Scheduler:
         max_batch_size: int,
         max_queue_size: int,
         turn: Turn,
+        nameless: np.ndarray,
     ) -> None:
         self.decoder = decoder
+        self.nameless = nameless  # ids that no sequence may choose
         self.max_batch_size, self.max_queue_size = max_batch_size, max_queue_size
         self.lock = threading.Lock()  # guards `waiting` and `working`
         self.waiting: deque[Sequence] = deque()
@@ -164,7 +166,12 @@ class Scheduler:
             assert sequence is not None
             left = sequence.prompt[len(sequence.row.tokens) :]
             piece = left[:budget]
-            logits = self.decoder.extend(sequence.row, piece)
+            try:
+                logits = self.decoder.extend(sequence.row, piece)
+            except Exception as error:
+                self.reading = None
+                self.drop(sequence, error)
+                return
             budget -= len(piece)
             if len(piece) == len(left):
                 self.reading = None
@@ -196,11 +203,16 @@ class Scheduler:
         sequences, self.active = [sequence for sequence, _ in self.active], []
         self.advance(sequences, logits)
 
-    def advance(self, sequences: list[Sequence], logits: list[np.ndarray]) -> None:
+    def advance(self, sequences: list[Sequence], logits: list[np.ndarray | Exception]) -> None:
         """Let each sequence choose a token from its logits; close the rows of those that end."""
         ended = []
         for sequence, scores in zip(sequences, logits, strict=True):
+            if isinstance(scores, Exception):
+                self.drop(sequence, scores)
+                continue
             try:
+                if len(self.nameless):
+                    scores[self.nameless] = -np.inf
                 token = sequence.take(scores)
             except Exception as error:  # a grammar's, say: the others go on
                 sequence.events.put((sequence.choice, error))
@@ -225,6 +237,12 @@ class Scheduler:
         for sequence in reversed(sequences):  # the last rows first: fewer have to move
             self.open.remove(sequence)
             self.decoder.close(sequence.row)
+
+    def drop(self, sequence: Sequence, error: Exception) -> None:
+        """Give a sequence its error, and keep nothing of what was computed for it."""
+        sequence.row.tokens = []
+        self.close([sequence])
+        sequence.events.put((sequence.choice, error))
 
     def fail(self, error: Exception) -> None:
         """Give everyone under way the error; who waits has another chance."""
