@@ -14,6 +14,7 @@ from slm.errors import InputError, StepError
 from slm.exporters import graph, mobius
 from slm.exporters.builder import make as make_by_builder
 from slm.exporters.checks import require_same_tokens
+from slm.exporters.generation import carry_over
 from slm.exporters.process import run_worker
 from slm.exporters.worker import Request, silent
 from slm_pyfunc.engine.runtime import Runtime
@@ -59,7 +60,7 @@ def test_weights_are_rounded_as_the_builder_rounds_them_to_the_bit(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("outputs", "inputs"), [(7, 72), (64, 32), (3, 1), (33, 97)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(7, 72), (64, 32), (3, 2), (33, 98)])
 @pytest.mark.parametrize("values", ["normal", "halves", "zeros"])
 def test_weights_are_rounded_as_onnxruntimes_kernel_does(
     bits: int, outputs: int, inputs: int, values: str
@@ -87,9 +88,13 @@ def test_both_makers_graphs_of_one_checkpoint_answer_alike(
 ) -> None:
     target = composed().target
     write = partial(graph.write, rtn=graph.Rtn(4, 32, 4), said=silent)
-    mobius.make(tiny, target, target.precision, tmp_path / "onnx", write)
-    genai, other = Runtime(tiny_onnx), Runtime(tmp_path / "onnx")
-    assert (tmp_path / "onnx" / "model.onnx.data").stat().st_size < 3e6  # the embedding too is int4
+    mobius.make(tiny, target, target.precision, tmp_path / "mobius", write)
+    genai_folder = shutil.copytree(tiny_onnx, tmp_path / "genai")
+    for folder in (genai_folder, tmp_path / "mobius"):
+        carry_over(tiny, folder)
+    genai, other = Runtime(genai_folder), Runtime(tmp_path / "mobius")
+    weights = tmp_path / "mobius" / "model.onnx.data"
+    assert weights.stat().st_size < 3e6  # the embedding too is int4
     assert (genai.context_length, genai.defaults) == (other.context_length, other.defaults)
     assert genai.tokenizer.end_tokens == other.tokenizer.end_tokens
     tokens = genai.tokenizer.encode("Some text, and what comes after it.")

@@ -174,7 +174,7 @@ def test_ctrl_c_stops_the_step_and_leaves_its_run_killed(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
-    while "builder" not in process.stderr.readline():
+    while "worker" not in process.stderr.readline():
         assert process.poll() is None
     time.sleep(1)
     process.send_signal(signal.SIGINT)

@@ -201,7 +201,7 @@ def test_settings_that_change_nothing_are_not_named(
     checkpoint.mkdir()
     onnx.mkdir()
     (checkpoint / "generation_config.json").write_text(json.dumps(settings))
-    (onnx / "genai_config.json").write_text('{"search": {"top_k": 1}}')
+    (onnx / "genai_config.json").write_text('{"model": {}, "search": {"top_k": 1}}')
     assert carry_over(checkpoint, onnx) == []
     search = json.loads((onnx / "genai_config.json").read_text())["search"]
     assert search["top_k"] == 50 and search["do_sample"] is False

@@ -51,7 +51,9 @@ class Rtn:
 
         def round_rows(first: int) -> None:
             some = slice(first, first + rows)
-            packed[some], scales[some] = self.round_blocks(self.blocks_of(weight[some]))
+            integers, scales[some] = self.round_blocks(self.blocks_of(weight[some]))
+            integers.reshape(len(integers), -1)[:, inputs:] = 0  # as the kernel leaves them
+            packed[some] = packed_integers(integers, self.bits)
 
         with ThreadPoolExecutor(available_cores()) as pool:
             list(pool.map(round_rows, range(0, outputs, rows)))
@@ -64,7 +66,7 @@ class Rtn:
         return padded.reshape(len(rows), -1, self.block_size)
 
     def round_blocks(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Packed integers and scales of blocks."""
+        """The integers, uint8 [rows, blocks, block_size], and scales [rows, blocks] of blocks."""
         zero_point = np.float32(2 ** (self.bits - 1))
         low, high = blocks.min(-1), blocks.max(-1)
         scales = np.where(np.abs(high) > np.abs(low), high, low) / -zero_point
@@ -72,10 +74,12 @@ class Rtn:
         exact = blocks * steps[..., None] + zero_point
         rounded = np.floor(exact)
         rounded += (exact - rounded) >= 0.5  # halves away from zero, as C's roundf
-        integers = np.clip(rounded, 0, 2 * zero_point - 1).astype(np.uint8)
-        if self.bits == 4:
-            integers = integers[..., ::2] | integers[..., 1::2] << 4
-        return integers, scales
+        return np.clip(rounded, 0, 2 * zero_point - 1).astype(np.uint8), scales
+
+
+def packed_integers(integers: np.ndarray, bits: int) -> np.ndarray:
+    """Integers as MatMulNBits reads them: two of four bits in a byte, the first one low."""
+    return integers if bits == 8 else integers[..., ::2] | integers[..., 1::2] << 4
 
 
 def write(

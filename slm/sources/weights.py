@@ -95,9 +95,7 @@ def read_tensors(checkpoint: Path, source: str) -> dict[str, Tensor]:
             with safe_open(path, "np"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path.name} is truncated or damaged: {error}. Fetch it again."
-            ) from error
+            raise InputError(f"{path.name} is truncated or damaged. Fetch it again.") from error
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
