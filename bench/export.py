@@ -67,7 +67,9 @@ def write_checkpoint(folder: Path, shape: dict[str, Any]) -> int:
         }
         save_file(tensors, folder / shard, {"format": "pt"})
     of = {name: shard for shard, names in shards.items() for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": of}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": of})
+    )
     return sum(parameter.numel() for parameter in parameters.values())
 
 

@@ -149,9 +149,9 @@ def quantize_product(model: ir.Model, product: Product, rtn: Rtn, data: BinaryIO
     node, weight = product.node, product.weight
     array = product.read()
     outputs, inputs = array.shape
-    if not np.isfinite(array).all():
-        raise StepError(f"{product.name} holds NaN or infinity: the checkpoint is damaged.")
     packed, scales = rtn.quantize(array)
+    if not np.isfinite(scales).all():
+        raise StepError(f"{product.name} holds NaN or infinity: the checkpoint is damaged.")
     graph = model.graph
     constants = [
         add_constant(graph, f"{product.name}_Q{rtn.bits}", packed, data),
@@ -173,6 +173,9 @@ def quantize_product(model: ir.Model, product: Product, rtn: Rtn, data: BinaryIO
         read = [rows.outputs[0], lookup.inputs[1], constants[1]]
         replace(graph, lookup, "GatherBlockQuantized", read, attributes)
     model.opset_imports.setdefault(MICROSOFT, 1)
+    if not weight.uses():
+        del graph.initializers[product.name]
+        weight.const_value = None
 
 
 def replace(
@@ -213,16 +216,16 @@ def stored(tensor: ir.TensorProtocol | None, data: BinaryIO) -> ir.TensorProtoco
     assert tensor is not None
     if tensor.nbytes < SMALL:
         return tensor
-    array = tensor.tobytes()
-    alignment = LARGE_ALIGNMENT if len(array) > LARGE else ALIGNMENT
+    alignment = LARGE_ALIGNMENT if tensor.nbytes > LARGE else ALIGNMENT
     data.seek(-(-data.tell() // alignment) * alignment)
     offset = data.tell()
-    data.write(array)
+    array = np.ascontiguousarray(tensor.numpy())
+    data.write(array.view(np.uint8).data)
     path = Path(data.name)
     return ir.ExternalTensor(
         path.name,
         offset,
-        len(array),
+        tensor.nbytes,
         tensor.dtype,
         name=tensor.name or "",
         shape=ir.Shape(tensor.shape.numpy()),

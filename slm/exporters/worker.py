@@ -20,7 +20,7 @@ from slm.errors import StepError, one_line, words_for
 from slm.exporters import builder, graph, mobius, parity
 from slm.exporters.parity import Parity, Twin
 from slm.records import from_json
-from slm.running.memory import peak_rss_mb
+from slm.running.memory import peak_rss_mb, releasing_mapped
 
 MAKERS = {"genai": builder.make, "mobius": mobius.make}
 MARK = "@progress "  # begins the lines that the parent reads
@@ -69,7 +69,8 @@ def export(request: Request) -> Exported:
     if bits and not by_builder:
         rtn = graph.Rtn(bits, options["block_size"], options.get("accuracy_level", 0))
     save = None if by_builder else partial(graph.write, rtn=rtn, said=say)
-    MAKERS[maker](checkpoint, target, target.precision, onnx, save)
+    with releasing_mapped(checkpoint):
+        MAKERS[maker](checkpoint, target, target.precision, onnx, save)
     seconds = round(time.monotonic() - started - agreed.seconds, 1)
     return Exported(maker, agreed, refused, seconds, round(peak_rss_mb(), 1))
 
