@@ -4,6 +4,7 @@ provenance.json stands inside the folder that it describes, so that it travels w
 the checkpoint to the ONNX model made of it, and into the logged model.
 """
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -69,7 +70,14 @@ class Provenance:
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file, in hex; read again in this process only if the file changed meanwhile."""
+    found = path.stat()
+    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return digest_in_state(path, state)
+
+
+@functools.lru_cache(maxsize=4096)
+def digest_in_state(path: Path, _: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -182,8 +182,11 @@ def weight_digests(*models: LoggedModel) -> dict[str, str]:
     return {name: digest for name, digest in files.items() if name.endswith(weights)}
 
 
-def publish(evaluation: Evaluation, inputs: Inputs, config: Config) -> None:
-    """Log metrics to the run and to every logged model, tables, and the report to the run."""
+def publish(evaluation: Evaluation, reused: bool, inputs: Inputs, config: Config) -> None:
+    """Log metrics to the run and to every logged model, tables, and the report to the run.
+
+    The answers' traces are with the run that made the evaluation.
+    """
     run = mlflow.active_run()
     assert run is not None
     texts = from_pandas(pd.DataFrame(inputs.texts), name=Path(config.evaluate.texts).name)
@@ -210,7 +213,8 @@ def publish(evaluation: Evaluation, inputs: Inputs, config: Config) -> None:
     sides = {side: evaluation.metrics(side) for side in ("candidate", "reference", "champion")}
     table = pd.DataFrame(sides).rename_axis("metric").reset_index()
     mlflow.log_table(table, "tables/metrics.json")
-    show_answers(evaluation.answers, inputs.candidates[0].model_id)
+    if not reused:
+        show_answers(evaluation.answers, inputs.candidates[0].model_id)
 
 
 def main(config: Config) -> Evaluation:
@@ -246,7 +250,7 @@ def main(config: Config) -> Evaluation:
         },
         make=lambda folder: evaluate(inputs, conditions, config, folder),
         still_there=is_complete,
-        publish=lambda evaluation: publish(evaluation, inputs, config),
+        publish=lambda evaluation, reused: publish(evaluation, reused, inputs, config),
     )
 
 

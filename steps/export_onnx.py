@@ -60,6 +60,8 @@ def export_onnx(
         onnx, "genai_config.json", "tokenizer.json", "tokenizer_config.json", made_by="export_onnx"
     )
     notes = [f"the graph is not by {name}: {why}" for name, why in exported.refused.items()]
+    if exported.parity.unchecked:
+        notes.append(f"the graph was not compared past {', '.join(exported.parity.unchecked)}")
     notes += carry_over(checkpoint, onnx)
     checked_on, differences = require_it_generates(onnx, checkpoint, target)
     arguments = builder_arguments(target) if exported.graph == "genai" else []

@@ -4,12 +4,15 @@ mlflow run . --env-manager local
 python -m steps.main model=phi-3-mini-4k-instruct target=cuda-int4-rtn-block-32
 """
 
+import importlib
 import json
 import logging
 import shlex
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from slm.records import (
     from_json,
 )
 from slm.running.command import entry_point
+from slm.running.run import ONLY_KEPT
 from slm.running.tracking import mlflow_run, shown, store_variables
 from slm.running.work import Outcome, T, enum_value, work_folder
 
@@ -47,9 +51,14 @@ class Child:
 class Chain:
     """Runs entry points of MLproject one after the other, each as a child run."""
 
-    def __init__(self, model: str, target: str, overrides: list[str]) -> None:
+    def __init__(self, config: Config, model: str, target: str, overrides: list[str]) -> None:
+        self.config = config
         self.parameters = {"model": model, "target": target, "overrides": json.dumps(overrides)}
         self.children: dict[str, Child] = {}
+
+    @property
+    def nothing_changed(self) -> bool:
+        return all(child.reused for child in self.children.values())
 
     def run(self, step: str, outcome: type[T], **inputs: str) -> T:
         """Run a step, and return its outcome; ToldError with the step's own error if it fails.
@@ -57,6 +66,10 @@ class Chain:
         StepError if it fails without a word: if it was killed, say.
         """
         log.info("main: step %d: %s", len(self.children) + 1, step)
+        start = time.monotonic()
+        if (kept := self.reuse(step, inputs)) is not None:
+            self.children[step] = Child(kept, time.monotonic() - start, reused=True)
+            return kept
         run_id = self.start(step, {**self.parameters, **inputs})
         run = mlflow.get_run(run_id)
         record = mlflow.artifacts.load_dict(f"runs:/{run_id}/result.json")["outcome"]
@@ -64,6 +77,17 @@ class Chain:
         reused = run.data.tags["reused"] == "true"
         self.children[step] = Child(result, run.data.metrics["duration_s"], reused)
         return result
+
+    def reuse(self, step: str, inputs: dict[str, Any]) -> Any:
+        """What a step is known to end with, without a process of its own; None if it has to run."""
+        config = replace(self.config, **inputs)
+        with suppress(Exception):  # NotKept, or what the step itself will say
+            ONLY_KEPT.set(True)
+            try:
+                return importlib.import_module(f"steps.{step}").main(config)
+            finally:
+                ONLY_KEPT.set(False)
+        return None
 
     def start(self, step: str, parameters: dict[str, str]) -> str:
         """Run an entry point to its end; return the id of its run."""
@@ -140,7 +164,7 @@ def next_lines(work: str, report: str, registered: str) -> dict[str, str]:
 
 def main(config: Config) -> None:
     choices = HydraConfig.get().runtime.choices
-    chain = Chain(choices["model"], choices["target"], overrides_for_children())
+    chain = Chain(config, choices["model"], choices["target"], overrides_for_children())
     with mlflow_run("main"):
         mlflow.log_params({"model.name": config.model.name, "target.name": config.target.name})
         evaluation, registration = package(chain)
@@ -155,6 +179,8 @@ def main(config: Config) -> None:
         for step, child in chain.children.items()
     ]
     lines = next_lines(config.paths.work, evaluation.report, registration.uri)
+    if chain.nothing_changed:
+        lines = {"Nothing changed": "every outcome was reused, and no version made", **lines}
     show(rows, evaluation, registration, lines)
 
 

@@ -111,7 +111,11 @@ def shown_tracking_uri() -> str:
 
 @contextlib.contextmanager
 def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
-    """The MLflow run that `mlflow run` opened for this process, else a new one."""
+    """The MLflow run that `mlflow run` opened for this process, else a new one; or a child run."""
+    if mlflow.active_run() is not None:
+        with mlflow.start_run(run_name=name, nested=True) as run:
+            yield run
+        return
     run_id = os.environ.get("MLFLOW_RUN_ID")
     try:
         run = mlflow.start_run(run_name=None if run_id else name)
@@ -162,7 +166,7 @@ def log_parameters(name: str, config: Config) -> None:
 
     flatten("", OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
     inputs = {k: values.pop(k) for k in ("source", "candidate", "reference") if k in values}
-    groups = {"model", "target", "paths", name}
+    groups = {"model", "target", "paths", name.removesuffix("_onnx")}  # export_onnx reads `export`
     mlflow.log_params(
         {re.sub(r"[^\w./ :-]", "_", k): v for k, v in values.items() if k.split(".")[0] in groups}
     )

@@ -40,6 +40,10 @@ class Outcome(Protocol):
 T = TypeVar("T", bound=Outcome)
 
 
+class NotKept(Exception):
+    """The outcome is not there, and was asked for only if it is."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Kept(Generic[T]):
     """An outcome in its folder, and whether it was there already."""
@@ -60,12 +64,14 @@ def keep(
     make: Callable[[Path], T],
     still_there: Callable[[T], bool] = lambda _: True,
     again: bool = False,
+    only_kept: bool = False,
 ) -> Kept[T]:
     """Make an outcome in `<work>/<kind>/<key>/`, or reuse the one that is there.
 
     `key` names everything that shapes the outcome besides the code of `module`. An outcome is
     reused if its result.json stands, every file in the folder has the digest that it lists, it is
     `still_there`, and it is not asked for `again`. One process at a time makes it; others wait.
+    NotKept if it would have to be made, and `only_kept`.
     """
     digest = digest_of({"kind": kind, "key": key, "code": code_digests(module)})
     folder = work_folder(work) / kind / digest[:16]
@@ -74,6 +80,8 @@ def keep(
         result = None if again else read_result(folder, outcome)
         if result is not None and still_there(result):
             return Kept(result, folder, digest[:16], reused=True)
+        if only_kept:
+            raise NotKept(str(folder))
         log.info("%s: started, in %s", kind, folder)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
