@@ -61,7 +61,7 @@ def test_both_makers_graphs_of_one_checkpoint_answer_alike(
     tiny: Path, tiny_onnx: Path, tmp_path: Path
 ) -> None:
     target = composed().target
-    write = partial(graph.write, rtn=graph.Rtn(4, 32, 4), said=silent)
+    write = partial(graph.write, quantizer=graph.Rtn(4, 32, 4), said=silent)
     mobius.make(tiny, target, target.precision, tmp_path / "onnx", write)
     genai, other = Runtime(tiny_onnx), Runtime(tmp_path / "onnx")
     assert (tmp_path / "onnx" / "model.onnx.data").stat().st_size < 3e6  # the embedding too is int4
@@ -78,7 +78,7 @@ def test_a_weight_that_is_not_finite_is_named(tiny: Path, tmp_path: Path) -> Non
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
     target = composed().target
-    write = partial(graph.write, rtn=graph.Rtn(4, 32, 4), said=silent)
+    write = partial(graph.write, quantizer=graph.Rtn(4, 32, 4), said=silent)
     with pytest.raises(StepError, match=r"layers.1.mlp.up_proj\S* holds NaN or infinity"):
         make_by_builder(checkpoint, target, target.precision, tmp_path / "onnx", write)
 
