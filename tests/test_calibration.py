@@ -65,8 +65,8 @@ def test_packing_is_that_of_onnxruntimes_kernels(shape: tuple[int, int], bits: i
     [(packed, scales)] = graph.Rtn(bits, 32).quantize("", np.ascontiguousarray(weight.T))
     integers = unpack(packed, 32).reshape(len(weight), -1)[:, : shape[1]]
     used = shape[1] * bits // 8  # the kernels leave what follows to chance
-    own = (each.reshape(len(weight), -1)[:, :used] for each in (pack(integers, bits, 32), packed))
-    np.testing.assert_array_equal(*own)
+    found, expected = (each.reshape(len(weight), -1) for each in (pack(integers, bits, 32), packed))
+    np.testing.assert_array_equal(found[:, :used], expected[:, :used])
 
 
 def calibrated(checkpoint: Path, folder: Path, *int8: str, block_size: int = 32) -> Calibrated:
@@ -113,6 +113,20 @@ def test_an_export_says_what_its_rounded_weights_say_in_torch(
     with torch.inference_mode():
         expected = torch.log_softmax(model(torch.tensor([tokens])).logits[0], -1).numpy()
     np.testing.assert_allclose(runtime.log_probabilities(tokens), expected, atol=2e-4)
+
+
+def test_a_float16_graph_finds_its_weights_and_answers(tiny: Path, tmp_path: Path) -> None:
+    quantizer = calibrated(tiny, tmp_path / "calibrated", "v_proj")
+    target = composed("target=cuda-int4-mixed").target
+    write = partial(graph.write, quantizer=quantizer, said=silent)
+    builder.make(tiny, target, target.precision, tmp_path / "onnx", write)
+    assert np.isfinite(Runtime(tmp_path / "onnx").log_probabilities([5, 6, 7])).all()
+
+
+def test_a_tied_head_of_8_bits_is_refused(tiny: Path, tmp_path: Path) -> None:
+    quantizer = calibrated(tiny, tmp_path / "calibrated", "lm_head")
+    with pytest.raises(StepError, match="looks tokens up in lm_head.* Leave it out of target.int8"):
+        export(builder, tiny, quantizer, tmp_path / "onnx")
 
 
 def test_a_weight_that_is_not_the_checkpoints_is_refused(tiny: Path, tmp_path: Path) -> None:

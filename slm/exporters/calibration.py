@@ -42,7 +42,8 @@ class Rounding:
     int8: list[str]
 
     def round(self, name: str, weight: torch.Tensor, moments: torch.Tensor) -> "Rounded":
-        bits = 8 if name.endswith(tuple(self.int8)) else self.bits
+        whole = tuple(f".{ending}" for ending in self.int8)  # not 10.mlp for 0.mlp
+        bits = 8 if f".{name}".endswith(whole) else self.bits
         integers, scales = round_weight(weight.numpy(), moments.numpy(), bits, self.block_size)
         return Rounded(pack(integers, bits, self.block_size), scales, self.block_size)
 
@@ -128,6 +129,7 @@ def calibrate(
     if config.tie_word_embeddings:
         # The embedding is the head's weight, so the head is rounded before all else.
         if not saved.arrays:
+            said("calibrating the head, which is the embedding too: a pass through all layers")
             through = whole
             for layer, call in zip(layers, calls, strict=True):
                 tensors.fill(layer, names[layer])

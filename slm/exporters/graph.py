@@ -156,6 +156,11 @@ def quantize_product(
     for number, (packed, scales) in enumerate(parts):
         name = product.name if len(parts) == 1 else f"{product.name}_{number}"
         bits = packed.shape[2] * 8 // block_size
+        if bits == 8 and named(graph, f"{name}_Q4"):
+            raise StepError(
+                f"the maker's graph looks tokens up in {name} as int4, so it cannot have 8 bits. "
+                "Leave it out of target.int8."
+            )
         constants = [
             add_constant(graph, f"{name}_Q{bits}", packed, data),
             add_scales(graph, f"{name}_scales", scales, array.dtype, node, data),
