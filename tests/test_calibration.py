@@ -15,7 +15,7 @@ from slm.config import ROOT
 from slm.errors import InputError, StepError
 from slm.exporters import builder, graph, mobius
 from slm.exporters.calibrated import Calibrated
-from slm.exporters.calibration import Rounding, Saved, calibrate
+from slm.exporters.calibration import Rounding, Saved, Tensors, calibrate
 from slm.exporters.calibration_text import read_calibration
 from slm.exporters.gptq import pack, round_weight, unpack
 from slm.exporters.worker import silent
@@ -150,6 +150,15 @@ def test_equal_layers_keep_the_rounding_of_each(tiny: Path, tmp_path: Path) -> N
     weight = weights[name.format(0)].numpy().T.copy()
     [(first, _)], [(second, _)] = (quantizer.quantize(name.format(i), weight) for i in (0, 1))
     assert (first != second).any()
+
+
+def test_equal_rows_are_taken_in_their_order(tmp_path: Path) -> None:
+    rows = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    save_file({"weight": rows}, tmp_path / "model.safetensors")
+    tensors = Tensors(tmp_path)
+    assert tensors.rows("weight", rows.numpy()).tolist() == [0, 1, 2, 3, 4]
+    assert tensors.rows("weight", rows[1:4].numpy()).tolist() == [1, 2, 3]
+    assert tensors.rows("weight", rows.numpy() + 1).tolist() == [-1] * 5
 
 
 def write_shallow_copy(checkpoint: Path, folder: Path, weights: dict[str, Any]) -> Path:

@@ -6,6 +6,7 @@ checkpoint's stream has at its output, and then rounded (gptq.py) under the mome
 inputs. Each layer's result is a file of the folder, and a layer that has one is not made again.
 """
 
+import bisect
 import contextlib
 import functools
 import itertools
@@ -77,15 +78,26 @@ class Tensors:
                 f"the checkpoint has no tensor {name}, which transformers' model has: calibration "
                 "cannot run it. Export with target.quantizer=rtn."
             )
-        return self.files[name].get_tensor(name).float()
+        tensor = self.files[name].get_tensor(name).float()
+        if not tensor.isfinite().all():
+            raise StepError(f"{name} holds NaN or infinity: the checkpoint is damaged.")
+        return tensor
 
     def rows(self, name: str, wanted: np.ndarray) -> np.ndarray:
-        """For each row of `wanted`, the number of the tensor's equal row, or -1."""
+        """For each row of `wanted`, the number of the tensor's equal row, or -1.
+
+        Of several equal rows it is the one that comes next, as in the tensor itself.
+        """
         own = self[name].numpy().astype(wanted.dtype)
         if own.shape[1] != wanted.shape[1]:
             return np.full(len(wanted), -1)
-        row_of = {hash(row.tobytes()): number for number, row in enumerate(own)}
-        found = np.array([row_of.get(hash(row.tobytes()), -1) for row in wanted])
+        numbers: dict[int, list[int]] = {}
+        for number, row in enumerate(own):
+            numbers.setdefault(hash(row.tobytes()), []).append(number)
+        found, last = np.full(len(wanted), -1), -1
+        for i, row in enumerate(wanted):
+            if equal := numbers.get(hash(row.tobytes())):
+                last = found[i] = equal[bisect.bisect_right(equal, last) % len(equal)]
         found[(own[found] != wanted).any(1)] = -1
         return found
 
@@ -118,6 +130,11 @@ def calibrate(
     names = {module: name for name, module in model.named_modules()}
     tensors = Tensors(checkpoint)
     inner = model.get_decoder()
+    if not hasattr(inner, "layers") or not hasattr(inner, "norm"):
+        raise StepError(
+            f"calibration needs a decoder of layers and a final norm, and {type(inner).__name__} "
+            "has other names for them. Export with target.quantizer=rtn."
+        )
     layers = inner.layers
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tensors.fill(inner, names[inner], apart_from="layers.")
@@ -157,6 +174,7 @@ def calibrate(
             linear.weight = file[name].weight(linear.in_features)
         rounded = [output_of(call(layer, hidden)) for hidden in rounded]
         layer.to("meta")
+        del traces  # before the next layer's are made
     if not saved.arrays:
         tensors.fill(head, names[head])
         whole, rounded = [inner.norm(x) for x in whole], [inner.norm(x) for x in rounded]
@@ -302,7 +320,7 @@ def corrected(weight: torch.Tensor, moments: torch.Tensor, drift: torch.Tensor) 
 
     `drift` is the outputs' difference times the inputs, summed: [outputs, inputs].
     """
-    damping = CORRECTION_DAMPING * moments.diag().mean()
+    damping = CORRECTION_DAMPING * float(moments.diag().mean()) or 1.0
     return weight + torch.linalg.solve(moments + damping * torch.eye(len(moments)), drift.T).T
 
 

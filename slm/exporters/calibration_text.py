@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slm.config import WINDOW
 from slm.errors import InputError
 from slm.evaluation.data import data_file, read_jsonl
 from slm_pyfunc.engine.runtime import Runtime
@@ -59,4 +60,9 @@ def calibration_tokens(
     tokens: list[int] = []
     for text in ("\n\n".join(written), "\n".join(spoken)):
         tokens += tokenizer(text, add_special_tokens=False)["input_ids"][:share]
+    if len(tokens) < WINDOW:
+        raise InputError(
+            f"export.calibration has {len(tokens)} tokens; calibration reads windows of {WINDOW}, "
+            "and dozens of them are better."
+        )
     return tokens

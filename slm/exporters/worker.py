@@ -97,13 +97,8 @@ def quantizer_of(request: Request, maker: str) -> graph.Quantizer | None:
     def draft() -> Path:
         say(0, 0, "the model's own answers, by a draft that is rounded to nearest")
         onnx = Path(request.scratch) / "draft" / "onnx"
-        cpu = replace(
-            target,
-            execution_provider=ExecutionProvider.cpu,
-            quantizer=Quantizer.rtn,
-            int8=[],
-        )
-        save = partial(graph.write, quantizer=graph.Rtn(4, 32, 4), said=silent)
+        cpu = replace(target, execution_provider=ExecutionProvider.cpu)
+        save = partial(graph.write, quantizer=graph.Rtn(4, block_size, 4), said=silent)
         MAKERS[maker](checkpoint, cpu, Precision.int4, onnx, save)
         return onnx
 
