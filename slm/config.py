@@ -18,6 +18,7 @@ from slm_pyfunc.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
+WINDOW = 512  # tokens that calibration reads at a time
 
 
 class ExecutionProvider(enum.Enum):
@@ -48,10 +49,12 @@ class Quantizer(enum.Enum):
     """Who rounds the weights to int4 or int8.
 
     `rtn` is the exporter's own round to nearest, one tensor at a time: the builder's `default` to
-    the bit. `builder` leaves it to the builder and its options, at three times the memory.
+    the bit. `gptq` rounds on the inputs that a calibration text gives, layer by layer. `builder`
+    leaves it to the builder and its options, at three times the memory.
     """
 
     rtn = "rtn"
+    gptq = "gptq"
     builder = "builder"
 
 
@@ -151,7 +154,8 @@ class Target:
     """A hardware target: what the model builder is told, and which runtime wheel serves the result.
 
     `builder_options` are the builder's `--extra_options`. `runtime_package` is pinned to the
-    version of the onnxruntime-genai that exported the model.
+    version of the onnxruntime-genai that exported the model. `int8` are endings of the names of
+    linears to which `quantizer=gptq` leaves 8 bits, as the checkpoint names them.
     """
 
     name: str = MISSING
@@ -159,6 +163,7 @@ class Target:
     precision: Precision = MISSING
     runtime_package: str = MISSING
     quantizer: Quantizer = Quantizer.builder
+    int8: list[str] = field(default_factory=list)
     builder_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -166,24 +171,40 @@ class Target:
         options = self.builder_options
         quantized = isinstance(self.precision, Precision) and self.precision.bits
         known = options.get("algo_config", "default") == "default" and "block_size" in options
-        if quantized and self.quantizer is Quantizer.rtn and not known:
+        if quantized and self.quantizer is not Quantizer.builder and not known:
             raise InputError(
-                f"target.quantizer=rtn needs a block_size, and no algo_config but default; found "
-                f"{options}. Other algorithms are the builder's: target.quantizer=builder."
+                f"target.quantizer={self.quantizer.value} needs a block_size, and no algo_config "
+                f"but default; found {options}. Other algorithms are the builder's: "
+                "target.quantizer=builder."
+            )
+        if self.int8 and self.quantizer is not Quantizer.gptq:
+            raise InputError(
+                f"target.int8 is {self.int8}, which only target.quantizer=gptq can give 8 bits."
             )
 
 
 @dataclass
 class Export:
-    """How a checkpoint becomes a graph; `parity_tokens` bounds the text on which it is compared."""
+    """How a checkpoint becomes a graph; `parity_tokens` bounds the text on which it is compared.
+
+    `calibration` is the file of what `target.quantizer=gptq` is calibrated on
+    (slm/exporters/calibration_text.py), `calibration_tokens` bounds it.
+    """
 
     graph: Graph = MISSING
     parity_tokens: int = MISSING
+    calibration: str = MISSING
+    calibration_tokens: int = MISSING
 
     def __post_init__(self) -> None:
         if isinstance(self.parity_tokens, int) and self.parity_tokens < 2:
             raise InputError(
                 f"export.parity_tokens is {self.parity_tokens}; it must be at least 2."
+            )
+        if isinstance(self.calibration_tokens, int) and self.calibration_tokens < WINDOW:
+            raise InputError(
+                f"export.calibration_tokens is {self.calibration_tokens}; it must be at least "
+                f"{WINDOW}, the length of one window."
             )
 
 

@@ -38,6 +38,7 @@ class Provenance:
     graph: str = ""
     refused: dict[str, str] = field(default_factory=dict)
     quantizer: str = ""
+    calibration: dict[str, Any] = field(default_factory=dict)
     builder_arguments: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     checkpoint: "Provenance | None" = None

@@ -10,12 +10,21 @@ generated (slm/exporters/checks.py).
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from slm.config import ROOT, Config, Export, Target
-from slm.digests import Provenance, read_provenance, require_files, size_mb, write_provenance
+from slm.config import ROOT, WINDOW, Config, Export, Quantizer, Target
+from slm.digests import (
+    Provenance,
+    digest_of,
+    read_provenance,
+    require_files,
+    size_mb,
+    write_provenance,
+)
 from slm.exporters.builder import builder_arguments
+from slm.exporters.calibration_text import read_calibration
 from slm.exporters.checks import require_it_generates
 from slm.exporters.generation import carry_over
 from slm.exporters.process import run_worker
@@ -44,6 +53,8 @@ def export_onnx(
 ) -> OnnxModel:
     """Make the graph and its weights, check them, and record how they were made."""
     onnx, scratch = folder / "onnx", folder / "scratch"
+    calibrated = folder.with_name(f"{folder.name}.calibrated")  # outlives a failure
+    calibration = calibration_of(target, settings)
     texts = [json.loads(line)["text"] for line in TEXTS.read_text().splitlines()]
     request = Request(
         checkpoint=str(checkpoint),
@@ -53,9 +64,13 @@ def export_onnx(
         makers=settings.graph.makers,
         text="\n".join(texts),
         parity_tokens=settings.parity_tokens,
+        calibration=read_calibration(settings.calibration) if calibration else [],
+        calibration_tokens=settings.calibration_tokens,
+        calibrated=str(calibrated),
     )
     exported = run_worker(request)
     shutil.rmtree(scratch)
+    shutil.rmtree(calibrated, ignore_errors=True)
     require_files(
         onnx, "genai_config.json", "tokenizer.json", "tokenizer_config.json", made_by="export_onnx"
     )
@@ -73,6 +88,7 @@ def export_onnx(
         graph=exported.graph,
         refused=exported.refused,
         quantizer=target.quantizer.value if target.precision.bits else "",
+        calibration=calibration,
         builder_arguments=arguments,
         versions=versions(*LIBRARIES),
         notes=notes,
@@ -97,6 +113,14 @@ def export_onnx(
     )
 
 
+def calibration_of(target: Target, settings: Export) -> dict[str, Any]:
+    """All that shapes the weights of a calibrated target; nothing of others."""
+    if target.quantizer is not Quantizer.gptq:
+        return {}
+    text = digest_of(read_calibration(settings.calibration))
+    return {"text": text, "tokens": settings.calibration_tokens, "int8": list(target.int8)}
+
+
 def main(config: Config) -> OnnxModel:
     checkpoint = local_path(config.source, "source", "fetch")
     require_files(checkpoint, "config.json", made_by="fetch")
@@ -108,7 +132,8 @@ def main(config: Config) -> OnnxModel:
         key={
             "checkpoint": provenance.json(),
             "target": asdict(config.target),
-            "export": asdict(config.export),
+            "export": asdict(replace(config.export, calibration="", calibration_tokens=WINDOW)),
+            "calibration": calibration_of(config.target, config.export),
             "versions": versions(*LIBRARIES),
         },
         make=lambda folder: export_onnx(

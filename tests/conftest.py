@@ -252,7 +252,7 @@ def tiny_onnx(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX folder of `tiny`."""
     folder, target = tmp_path_factory.mktemp("tiny-onnx") / "onnx", composed().target
     rtn = Rtn(4, target.builder_options["block_size"], target.builder_options["accuracy_level"])
-    make(tiny, target, target.precision, folder, partial(write, rtn=rtn, said=silent))
+    make(tiny, target, target.precision, folder, partial(write, quantizer=rtn, said=silent))
     return folder
 
 

@@ -73,7 +73,7 @@ def test_weights_are_rounded_as_onnxruntimes_kernel_does(
     elif values == "zeros":
         weight[:, ::2] = 0
         weight[0] = 0
-    packed, scales = graph.Rtn(bits, 32).quantize(weight)
+    [(packed, scales)] = graph.Rtn(bits, 32).quantize("", weight)
     blocks = packed.shape[1]
     expected, expected_scales = np.zeros_like(packed), np.zeros_like(scales)
     zero_points = np.zeros((outputs, -(-blocks * bits // 8)), np.uint8)
@@ -87,7 +87,7 @@ def test_both_makers_graphs_of_one_checkpoint_answer_alike(
     tiny: Path, tiny_onnx: Path, tmp_path: Path
 ) -> None:
     target = composed().target
-    write = partial(graph.write, rtn=graph.Rtn(4, 32, 4), said=silent)
+    write = partial(graph.write, quantizer=graph.Rtn(4, 32, 4), said=silent)
     mobius.make(tiny, target, target.precision, tmp_path / "mobius", write)
     genai_folder = shutil.copytree(tiny_onnx, tmp_path / "genai")
     for folder in (genai_folder, tmp_path / "mobius"):
@@ -108,7 +108,7 @@ def test_a_weight_that_is_not_finite_is_named(tiny: Path, tmp_path: Path) -> Non
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
     target = composed().target
-    write = partial(graph.write, rtn=graph.Rtn(4, 32, 4), said=silent)
+    write = partial(graph.write, quantizer=graph.Rtn(4, 32, 4), said=silent)
     with pytest.raises(StepError, match=r"layers.1.mlp.up_proj\S* holds NaN or infinity"):
         make_by_builder(checkpoint, target, target.precision, tmp_path / "onnx", write)
 

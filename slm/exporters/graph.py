@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -24,25 +24,43 @@ SMALL = 1024  # bytes: tensors that stay in the graph
 ROUNDED_AT_ONCE = 2**20  # weights, by each core
 
 
+# Packed uint8 [outputs, blocks, block_size * bits / 8], and scales [outputs, blocks].
+Packed = tuple[np.ndarray, np.ndarray]
+
+
+class Quantizer(Protocol):
+    """What rounds weights in blocks of `block_size` along their inputs, symmetric about 0.
+
+    `accuracy_level` 4 rounds activations to int8 inside the matrix products, 0 leaves them.
+    """
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def accuracy_level(self) -> int: ...
+
+    def quantize(self, name: str, weight: np.ndarray) -> list[Packed]:
+        """Round a weight [outputs, inputs]; parts follow one another along the outputs.
+
+        A part has 4 or 8 bits of its own.
+        """
+
+
 @dataclass(frozen=True)
 class Rtn:
-    """Round to nearest, in blocks of `block_size` along a weight's inputs, symmetric about 0.
+    """Round to nearest.
 
     The scale of a block is its signed extreme over -2^(bits - 1): to the bit what onnxruntime's
-    DefaultWeightOnlyQuantizer does, which the model builder calls `default`. `accuracy_level` 4
-    rounds activations to int8 inside the matrix products, 0 leaves them.
+    DefaultWeightOnlyQuantizer does, which the model builder calls `default`.
     """
 
     bits: int
     block_size: int
     accuracy_level: int = 0
 
-    def quantize(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Round a weight [outputs, inputs], some rows at a time, on all cores.
-
-        Returns packed uint8 [outputs, blocks, block_size * bits / 8] and scales [outputs, blocks]
-        of the weight's type.
-        """
+    def quantize(self, name: str, weight: np.ndarray) -> list[Packed]:
+        """Round a weight, some rows at a time, on all cores; its scales are of its own type."""
         outputs, inputs = weight.shape
         blocks = -(-inputs // self.block_size)
         packed = np.empty((outputs, blocks, self.block_size * self.bits // 8), np.uint8)
@@ -57,7 +75,7 @@ class Rtn:
 
         with ThreadPoolExecutor(available_cores()) as pool:
             list(pool.map(round_rows, range(0, outputs, rows)))
-        return packed, scales
+        return [(packed, scales)]
 
     def blocks_of(self, rows: np.ndarray) -> np.ndarray:
         """Rows in blocks, float32 [rows, blocks, block_size], with zeros at their end."""
@@ -83,22 +101,25 @@ def packed_integers(integers: np.ndarray, bits: int) -> np.ndarray:
 
 
 def write(
-    model: ir.Model, path: Path, rtn: Rtn | None, said: Callable[[int, int, str], None]
+    model: ir.Model,
+    path: Path,
+    quantizer: Quantizer | None,
+    said: Callable[[int, int, str], None],
 ) -> None:
-    """Write a model, its weights beside it in `path`.data, and quantize them if there is an `rtn`.
+    """Write a model, its weights beside it in `path`.data, quantized if there is a `quantizer`.
 
     `said` is told of each tensor: how many are written, of how many, and its name. Raises StepError
     where a weight is not finite.
     """
     graph = model.graph
-    products = list(weights_of_products(graph)) if rtn else []
+    products = list(weights_of_products(graph)) if quantizer else []
     weights = {product.name for product in products}
     total = len(weights | graph.initializers.keys())
     data_path = path.with_name(f"{path.name}.data")
     with data_path.open("wb") as data:
-        if rtn:
+        if quantizer:
             for written, product in enumerate(products, 1):
-                quantize_product(model, product, rtn, data)
+                quantize_product(model, product, quantizer, data)
                 said(written, total, product.name)
             remove_unused(graph)
         values = [value for value in graph.initializers.values() if not is_written(value)]
@@ -141,37 +162,53 @@ def weights_of_products(graph: ir.Graph) -> Iterable[Product]:
             yield Product(node, source, transposed)
 
 
-def quantize_product(model: ir.Model, product: Product, rtn: Rtn, data: BinaryIO) -> None:
+def quantize_product(
+    model: ir.Model, product: Product, quantizer: Quantizer, data: BinaryIO
+) -> None:
     """Put MatMulNBits in the place of a product, and its weight into the data file.
 
     A look-up of the same weight (tied embeddings) reads the quantized one.
     """
     node, weight = product.node, product.weight
     array = product.read()
-    outputs, inputs = array.shape
-    packed, scales = rtn.quantize(array)
-    if not np.isfinite(scales).all():
+    parts = quantizer.quantize(product.name, array)
+    if not all(np.isfinite(scales).all() for _, scales in parts):
         raise StepError(f"{product.name} holds NaN or infinity: the checkpoint is damaged.")
-    graph = model.graph
-    constants = [
-        add_constant(graph, f"{product.name}_Q{rtn.bits}", packed, data),
-        add_constant(graph, f"{product.name}_scales", scales, data),
-    ]
-    attributes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": rtn.bits}
-    attributes |= {"block_size": rtn.block_size}
-    if rtn.accuracy_level:
-        attributes["accuracy_level"] = rtn.accuracy_level
-    replace(graph, node, "MatMulNBits", [node.inputs[0], *constants], attributes)
+    graph, block_size, inputs = model.graph, quantizer.block_size, array.shape[1]
+    own = {"K": inputs, "block_size": block_size}
+    if quantizer.accuracy_level:
+        own["accuracy_level"] = quantizer.accuracy_level
+    products = []
+    for number, (packed, scales) in enumerate(parts):
+        name = product.name if len(parts) == 1 else f"{product.name}_{number}"
+        bits = packed.shape[2] * 8 // block_size
+        if bits == 8 and named(graph, f"{name}_Q4"):
+            raise StepError(
+                f"the maker's graph looks tokens up in {name} as int4, so it cannot have 8 bits. "
+                "Leave it out of target.int8."
+            )
+        constants = [
+            add_constant(graph, f"{name}_Q{bits}", packed, data),
+            add_scales(graph, f"{name}_scales", scales, array.dtype, node, data),
+        ]
+        attributes = {**own, "N": len(packed), "bits": bits}
+        products.append(([node.inputs[0], *constants], attributes))
+    if len(parts) == 1:
+        replace(graph, node, "MatMulNBits", *products[0], MICROSOFT)
+    else:
+        nodes = [ir.node("MatMulNBits", *each, domain=MICROSOFT) for each in products]
+        graph.insert_before(node, nodes)
+        replace(graph, node, "Concat", [each.outputs[0] for each in nodes], {"axis": -1})
     lookups = [use.node for use in weight.uses() if use.node.op_type == "Gather"]
-    for lookup in lookups if product.transposed and inputs % rtn.block_size == 0 else []:
-        row = np.array([outputs, inputs * rtn.bits // 8])
+    for lookup in lookups if product.transposed and inputs % block_size == 0 else []:
+        row = np.array([len(packed), inputs * bits // 8])
         shape = add_constant(graph, f"{product.name}_rows", row, data)
         rows = ir.node("Reshape", [constants[0], shape])
         graph.insert_before(lookup, rows)
-        attributes = {"bits": rtn.bits, "block_size": rtn.block_size}
+        attributes = {"bits": bits, "block_size": block_size}
         attributes |= {"gather_axis": 0, "quantize_axis": 1}
         read = [rows.outputs[0], lookup.inputs[1], constants[1]]
-        replace(graph, lookup, "GatherBlockQuantized", read, attributes)
+        replace(graph, lookup, "GatherBlockQuantized", read, attributes, MICROSOFT)
     model.opset_imports.setdefault(MICROSOFT, 1)
     if not weight.uses():
         del graph.initializers[product.name]
@@ -184,24 +221,45 @@ def replace(
     op_type: str,
     inputs: list[ir.Value | None],
     attributes: dict[str, Any],
+    domain: str = "",
 ) -> None:
-    """Put one of onnxruntime's own operators in the place of a node with one output."""
+    """Put another operator in the place of a node with one output."""
     [before] = node.outputs
-    made = ir.node(op_type, inputs, attributes, domain=MICROSOFT, name=f"{node.name}_{op_type}")
+    made = ir.node(op_type, inputs, attributes, domain=domain, name=f"{node.name}_{op_type}")
     [after] = made.outputs
     after.name, after.type, after.shape = before.name, before.type, before.shape
     ir.convenience.replace_nodes_and_values(graph, node, [node], [made], [before], [after])
 
 
+def add_scales(
+    graph: ir.Graph, name: str, scales: np.ndarray, dtype: Any, node: ir.Node, data: BinaryIO
+) -> ir.Value:
+    """Make an initializer of scales for a node, and cast it to the type of the products.
+
+    onnxruntime casts it once, when it loads the graph.
+    """
+    if scales.dtype == dtype:
+        return add_constant(graph, name, scales, data)
+    value = add_constant(graph, f"{name}_as_stored", scales, data)
+    to = ir.DataType.from_numpy(dtype)
+    cast = ir.node("Cast", [value], {"to": to.value}, name=f"{name}_Cast")
+    [made] = cast.outputs
+    made.name, made.type, made.shape = name, ir.TensorType(to), ir.Shape(scales.shape)
+    if known := named(graph, name):
+        ir.convenience.replace_all_uses_with(known, made)
+    graph.insert_before(node, cast)
+    return made
+
+
+def named(graph: ir.Graph, name: str) -> ir.Value | None:
+    """The value of this name that a node reads and nothing gives."""
+    read = (value for node in graph for value in node.inputs if value is not None)
+    return next((value for value in read if value.name == name and value.producer() is None), None)
+
+
 def add_constant(graph: ir.Graph, name: str, array: np.ndarray, data: BinaryIO) -> ir.Value:
     """Make an initializer of an array; the value that already has its name, if a node reads it."""
-    known = (
-        value
-        for node in graph
-        for value in node.inputs
-        if value is not None and value.name == name and value.producer() is None
-    )
-    value = next(known, None) or ir.Value(name=name)
+    value = named(graph, name) or ir.Value(name=name)
     value.const_value = stored(ir.Tensor(array, name=name), data)
     value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)
     graph.register_initializer(value)

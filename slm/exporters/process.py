@@ -31,6 +31,8 @@ def run_worker(request: Request) -> Exported:
     command = [sys.executable, "-m", WORKER, str(told)]
     log.info("%s", " ".join(command))
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
+    # The column loops of gptq.py are of small products, which threads only slow down.
+    environment["OPENBLAS_NUM_THREADS"] = "1"
     process = subprocess.Popen(
         command,
         cwd=ROOT,

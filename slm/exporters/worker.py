@@ -11,11 +11,12 @@ import gc
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from slm.config import Quantizer, Target
+from slm.config import WINDOW, ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import StepError, one_line, words_for
 from slm.exporters import builder, graph, mobius, parity
 from slm.exporters.parity import Parity, Twin
@@ -30,7 +31,9 @@ MARK = "@progress "  # begins the lines that the parent reads
 class Request:
     """What to export: the makers of graphs to try in this order, and the text to compare them on.
 
-    `onnx` is the folder to make, `scratch` one for twins and for what the processes say.
+    `onnx` is the folder to make, `scratch` one for twins and for what the processes say. Where the
+    target is calibrated, it is on at most `calibration_tokens` of `calibration`, into a folder that
+    outlives a failure: `calibrated`.
     """
 
     checkpoint: str
@@ -40,6 +43,9 @@ class Request:
     makers: list[str]
     text: str
     parity_tokens: int
+    calibration: list[dict[str, Any]] = field(default_factory=list)
+    calibration_tokens: int = 0
+    calibrated: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,16 +69,45 @@ def export(request: Request) -> Exported:
     maker, agreed, refused = choose(request, checkpoint, Path(request.scratch))
     gc.collect()
     target = request.target
-    bits = target.precision.bits
-    options = target.builder_options
-    rtn, by_builder = None, target.quantizer is Quantizer.builder and bits is not None
-    if bits and not by_builder:
-        rtn = graph.Rtn(bits, options["block_size"], options.get("accuracy_level", 0))
-    save = None if by_builder else partial(graph.write, rtn=rtn, said=say)
+    save = None
+    if not (target.quantizer is Quantizer.builder and target.precision.bits):
+        save = partial(graph.write, quantizer=quantizer_of(request, maker), said=say)
     with releasing_mapped(checkpoint):
         MAKERS[maker](checkpoint, target, target.precision, onnx, save)
     seconds = round(time.monotonic() - started - agreed.seconds, 1)
     return Exported(maker, agreed, refused, seconds, round(peak_rss_mb(), 1))
+
+
+def quantizer_of(request: Request, maker: str) -> graph.Quantizer | None:
+    """What rounds the weights of the target; None where it leaves them floats."""
+    target = request.target
+    bits = target.precision.bits
+    if bits is None:
+        return None
+    block_size = target.builder_options["block_size"]
+    accuracy_level = target.builder_options.get("accuracy_level", 0)
+    if target.quantizer is Quantizer.rtn:
+        return graph.Rtn(bits, block_size, accuracy_level)
+    from slm.exporters.calibrated import Calibrated
+    from slm.exporters.calibration import Rounding, calibrate
+    from slm.exporters.calibration_text import calibration_tokens
+
+    checkpoint, folder = Path(request.checkpoint), Path(request.calibrated)
+    folder.mkdir(exist_ok=True)
+
+    def draft() -> Path:
+        say(0, 0, "the model's own answers, by a draft that is rounded to nearest")
+        onnx = Path(request.scratch) / "draft" / "onnx"
+        cpu = replace(target, execution_provider=ExecutionProvider.cpu)
+        save = partial(graph.write, quantizer=graph.Rtn(4, block_size, 4), said=silent)
+        MAKERS[maker](checkpoint, cpu, Precision.int4, onnx, save)
+        return onnx
+
+    rows, most = request.calibration, request.calibration_tokens
+    tokens = calibration_tokens(rows, checkpoint, most, draft, folder / "answers.json")
+    rounding = Rounding(bits, block_size, target.int8)
+    calibrate(checkpoint, tokens, WINDOW, rounding, folder, partial(say, 0, 0))
+    return Calibrated(checkpoint, folder, block_size, accuracy_level)
 
 
 def choose(request: Request, checkpoint: Path, folder: Path) -> tuple[str, Parity, dict[str, str]]:
@@ -81,7 +116,7 @@ def choose(request: Request, checkpoint: Path, folder: Path) -> tuple[str, Parit
     say(0, 0, "comparing a shallow twin with transformers")
     twin = parity.write_twin(checkpoint, folder / "checkpoint", request.text, request.parity_tokens)
     reference = parity.reference_logits(twin)
-    save = partial(graph.write, rtn=None, said=silent)
+    save = partial(graph.write, quantizer=None, said=silent)
     precision = parity.twin_precision(request.target)
     refused: dict[str, str] = {}
     for maker in request.makers:

@@ -1,0 +1,68 @@
+"""The text that calibration reads: written texts, and the model's own answers to prompts.
+
+    {"kind": "prose", "language": "en", "text": "The mill had not ground a sack of flour …"}
+    {"kind": "chat", "language": "en", "messages": [{"role": "user", "content": "How does a …"}]}
+
+Conversations are put in the checkpoint's chat format. The answers are those of a draft of the
+export itself, rounded to nearest.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slm.config import WINDOW
+from slm.errors import InputError
+from slm.evaluation.data import data_file, read_jsonl
+from slm_pyfunc.engine.runtime import Runtime
+from slm_pyfunc.parameters import Parameters
+
+# Sampled, since greedy answers of small models go round in circles; the seed makes them repeatable.
+SAMPLING = Parameters(max_tokens=192, temperature=0.8, top_p=0.9, seed=1)
+
+
+def read_calibration(uri: str) -> list[dict[str, Any]]:
+    """The rows of `export.calibration`, each with `text` or `messages`."""
+    rows = list(read_jsonl(data_file(uri, "export.calibration")))
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("text"), str) and not isinstance(row.get("messages"), list):
+            raise InputError(f"{uri}, row {number} has neither a text nor messages.")
+    if not rows:
+        raise InputError(f"{uri} has no rows.")
+    return rows
+
+
+def calibration_tokens(
+    rows: list[dict[str, Any]],
+    checkpoint: Path,
+    most: int,
+    draft: Callable[[], Path],
+    kept: Path,
+) -> list[int]:
+    """At most `most` tokens, half of them of conversations if there are any.
+
+    `draft` makes the ONNX folder that answers. The answers stay in the file `kept`.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    conversations = [row["messages"] for row in rows if "messages" in row]
+    if conversations and not kept.is_file():
+        runtime = Runtime(draft())
+        prompts = [runtime.render(messages) for messages in conversations]
+        answers = runtime.answer(prompts, SAMPLING)
+        spoken = [prompt + answer.text for prompt, [answer] in zip(prompts, answers, strict=True)]
+        kept.write_text(json.dumps(spoken))
+    spoken = json.loads(kept.read_text()) if conversations else []
+    written = [row["text"] for row in rows if "text" in row]
+    share = most // 2 if written and spoken else most
+    tokens: list[int] = []
+    for text in ("\n\n".join(written), "\n".join(spoken)):
+        tokens += tokenizer(text, add_special_tokens=False)["input_ids"][:share]
+    if len(tokens) < WINDOW:
+        raise InputError(
+            f"export.calibration has {len(tokens)} tokens; calibration reads windows of {WINDOW}, "
+            "and dozens of them are better."
+        )
+    return tokens

@@ -1,0 +1,217 @@
+"""Quantizing on a calibration text: the rounding, the layers, and the graph that takes them."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from slm.config import ROOT
+from slm.errors import InputError, StepError
+from slm.exporters import builder, graph, mobius
+from slm.exporters.calibrated import Calibrated
+from slm.exporters.calibration import Rounding, Saved, Tensors, calibrate
+from slm.exporters.calibration_text import read_calibration
+from slm.exporters.gptq import pack, round_weight, unpack
+from slm.exporters.worker import silent
+from slm_pyfunc.engine.runtime import Runtime
+from tests.checkpoints import write_as_phi3, write_shallow, write_tiny
+from tests.conftest import composed
+
+WORDS = 8  # an n-gram this long is not in two texts by chance
+
+
+def inputs_like_a_layers(width: int) -> np.ndarray:
+    """Inputs whose channels depend on one another, as those of a layer do."""
+    draw = np.random.default_rng(0)
+    mixing = draw.standard_normal((width, width)) * np.exp(-np.arange(width) / 60)[:, None]
+    noise = 0.3 * draw.standard_normal((1024, width))
+    return (draw.standard_normal((1024, width)) @ mixing + noise).astype(np.float32)
+
+
+def rtn(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    [(packed, scales)] = graph.Rtn(4, 32).quantize("", weight)
+    return packed, scales
+
+
+def weighted_error(
+    weight: np.ndarray, integers: np.ndarray, scales: np.ndarray, inputs: np.ndarray
+) -> float:
+    values = (integers * scales[..., None]).reshape(len(weight), -1)[:, : weight.shape[1]]
+    return float(np.square(inputs @ (values - weight).T).sum())
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"])
+def test_gptq_is_closer_than_rounding_to_nearest_on_real_weights(smollm2: Path, name: str) -> None:
+    with safe_open(smollm2 / "model.safetensors", "np") as file:
+        weight = file.get_tensor(f"model.layers.5.{name}.weight")
+    inputs = inputs_like_a_layers(weight.shape[1])
+    packed, scales = rtn(weight)
+    nearest = weighted_error(weight, unpack(packed, 32), scales, inputs)
+    integers, own = round_weight(weight, inputs.T @ inputs, 4, 32)
+    packed = pack(integers, 4, 32)
+    assert weighted_error(weight, unpack(packed, 32), own.astype(np.float32), inputs) < nearest / 4
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (7, 33), (3, 100), (64, 96), (5, 257)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_is_that_of_onnxruntimes_kernels(shape: tuple[int, int], bits: int) -> None:
+    weight = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    [(packed, scales)] = graph.Rtn(bits, 32).quantize("", weight)
+    integers = unpack(packed, 32).reshape(len(weight), -1)[:, : shape[1]]
+    used = shape[1] * bits // 8  # the kernels leave what follows to chance
+    found, expected = (each.reshape(len(weight), -1) for each in (pack(integers, bits, 32), packed))
+    np.testing.assert_array_equal(found[:, :used], expected[:, :used])
+
+
+def calibrated(checkpoint: Path, folder: Path, *int8: str, block_size: int = 32) -> Calibrated:
+    folder.mkdir()
+    tokens = [int(token) for token in np.random.default_rng(2).integers(3, 200, 128)]
+    rounding = Rounding(4, block_size, list(int8))
+    calibrate(checkpoint, tokens, 64, rounding, folder, lambda _: None)
+    return Calibrated(checkpoint, folder, block_size, 0)
+
+
+def export(maker: Any, checkpoint: Path, quantizer: graph.Quantizer, folder: Path) -> Runtime:
+    target = composed("target=cpu-int4-rtn-block-32").target
+    write = partial(graph.write, quantizer=quantizer, said=silent)
+    maker.make(checkpoint, target, target.precision, folder, write)
+    return Runtime(folder)
+
+
+@pytest.mark.parametrize(
+    ("maker", "kind"),
+    # Not mobius and phi3: its graph of a tied Phi-3 looks words up in a float embedding.
+    [(builder, "llama"), (mobius, "llama"), (builder, "phi3"), (builder, "untied")],
+)
+def test_an_export_says_what_its_rounded_weights_say_in_torch(
+    maker: Any, kind: str, tiny: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    """The format agrees, of 4 and 8 bits beside each other in one fused product too."""
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = tiny
+    if kind == "untied":
+        checkpoint = write_tiny(tmp_path / "untied", smollm2, tie_word_embeddings=False)
+    if kind == "phi3":
+        checkpoint = write_as_phi3(tmp_path / "phi3", tiny)
+    quantizer = calibrated(checkpoint, tmp_path / "calibrated", "v_proj", "0.mlp.down_proj")
+    runtime = export(maker, checkpoint, quantizer, tmp_path / "onnx")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    for path in quantizer.folder.glob("*.safetensors"):
+        saved = Saved(path, 32)
+        for name in saved.names():
+            module = model.get_submodule(name)
+            module.weight = saved[name].weight(module.weight.shape[1])
+    model.tie_weights()
+    tokens = runtime.tokenizer.encode("Some text, and what comes after it.")
+    with torch.inference_mode():
+        expected = torch.log_softmax(model(torch.tensor([tokens])).logits[0], -1).numpy()
+    np.testing.assert_allclose(runtime.log_probabilities(tokens), expected, atol=2e-4)
+
+
+def test_a_float16_graph_finds_its_weights_and_answers(tiny: Path, tmp_path: Path) -> None:
+    quantizer = calibrated(tiny, tmp_path / "calibrated", "v_proj")
+    target = composed("target=cuda-int4-mixed").target
+    write = partial(graph.write, quantizer=quantizer, said=silent)
+    builder.make(tiny, target, target.precision, tmp_path / "onnx", write)
+    assert np.isfinite(Runtime(tmp_path / "onnx").log_probabilities([5, 6, 7])).all()
+
+
+def test_a_tied_head_of_8_bits_is_refused(tiny: Path, tmp_path: Path) -> None:
+    quantizer = calibrated(tiny, tmp_path / "calibrated", "lm_head")
+    with pytest.raises(StepError, match="looks tokens up in lm_head.* Leave it out of target.int8"):
+        export(builder, tiny, quantizer, tmp_path / "onnx")
+
+
+def test_a_weight_that_is_not_the_checkpoints_is_refused(tiny: Path, tmp_path: Path) -> None:
+    quantizer = calibrated(tiny, tmp_path / "calibrated")
+    weights = load_file(tiny / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = weights[name].numpy().copy()
+    assert quantizer.quantize(name, weight)
+    weight[3, 5] += 1e-6
+    with pytest.raises(StepError, match="1 of 128 rows of the graph's .*up_proj.weight are in no"):
+        quantizer.quantize(name, weight)
+
+
+def test_equal_layers_keep_the_rounding_of_each(tiny: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny / "model.safetensors")
+    for name in [name for name in weights if ".layers.1." in name]:
+        weights[name] = weights[name.replace(".1.", ".0.")].clone()
+    checkpoint = write_shallow_copy(tiny, tmp_path / "checkpoint", weights)
+    quantizer = calibrated(checkpoint, tmp_path / "calibrated")
+    name = "model.layers.{}.mlp.up_proj.weight"
+    weight = weights[name.format(0)].numpy().copy()
+    [(first, _)], [(second, _)] = (quantizer.quantize(name.format(i), weight) for i in (0, 1))
+    assert (first != second).any()
+
+
+def test_equal_rows_are_taken_in_their_order(tmp_path: Path) -> None:
+    rows = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    save_file({"weight": rows}, tmp_path / "model.safetensors")
+    tensors = Tensors(tmp_path)
+    assert tensors.rows("weight", rows.numpy()).tolist() == [0, 1, 2, 3, 4]
+    assert tensors.rows("weight", rows[1:4].numpy()).tolist() == [1, 2, 3]
+    assert tensors.rows("weight", rows.numpy() + 1).tolist() == [-1] * 5
+
+
+def write_shallow_copy(checkpoint: Path, folder: Path, weights: dict[str, Any]) -> Path:
+    write_shallow(folder, checkpoint)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_calibration_that_broke_off_goes_on_after_its_last_layer(
+    tiny: Path, tmp_path: Path
+) -> None:
+    whole = calibrated(tiny, tmp_path / "whole").folder
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for name in ("head", "0"):
+        (folder / f"{name}.safetensors").write_bytes((whole / f"{name}.safetensors").read_bytes())
+    before = (folder / "0.safetensors").stat().st_mtime_ns
+    tokens = [int(token) for token in np.random.default_rng(2).integers(3, 200, 128)]
+    calibrate(tiny, tokens, 64, Rounding(4, 32, []), folder, lambda _: None)
+    assert (folder / "0.safetensors").stat().st_mtime_ns == before
+    for name in ("head", "0", "1"):
+        file = f"{name}.safetensors"
+        assert (folder / file).read_bytes() == (whole / file).read_bytes(), name
+
+
+def test_no_calibration_text_is_in_the_evaluations() -> None:
+    def grams(text: str) -> set[str]:
+        words = text.split()
+        return {" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+
+    evaluation = (ROOT / "data" / name for name in ("texts.jsonl", "prompts.jsonl"))
+    judged = set().union(*(grams(text) for path in evaluation for text in texts_of(path)))
+    read = set().union(*(grams(text) for text in texts_of(ROOT / "data" / "calibration.jsonl")))
+    assert len(judged) > 5000 and len(read) > 3000 and not judged & read
+
+
+def texts_of(path: Path) -> list[str]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row["text"] if "text" in row else row_messages(row)[-1]["content"] for row in rows]
+
+
+def row_messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = (row.get("inputs") or row)["messages"]
+    return found
+
+
+def test_a_calibration_row_without_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "some"}\n{"body": "other"}\n')
+    with pytest.raises(InputError, match="row 2 has neither a text nor messages"):
+        read_calibration(str(path))
+
+
+def test_int8_linears_are_gptqs_alone() -> None:
+    with pytest.raises(Exception, match="only target.quantizer=gptq can give 8 bits"):
+        composed("+target.int8=[v_proj]")
