@@ -8,6 +8,8 @@ minimise is the weighted error: the squared difference of the products, summed o
 import numpy as np
 from scipy.linalg import solve_triangular
 
+from slm.exporters.graph import packed_integers
+
 COLUMNS = 32  # inputs rounded between two large matrix products
 ROWS = 4096  # outputs rounded at a time, which bounds memory
 SWEEPS = 3
@@ -122,7 +124,7 @@ def pack(integers: np.ndarray, bits: int, block_size: int) -> np.ndarray:
     blocks = -(-inputs // block_size)
     padded = np.pad(np.ascontiguousarray(integers), ((0, 0), (0, blocks * block_size - inputs)))
     raised = (padded + 2 ** (bits - 1)).astype(np.uint8).reshape(outputs, blocks, block_size)
-    return raised if bits == 8 else raised[..., ::2] | raised[..., 1::2] << 4
+    return packed_integers(raised, bits)
 
 
 def unpack(packed: np.ndarray, block_size: int) -> np.ndarray:
