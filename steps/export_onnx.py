@@ -23,6 +23,7 @@ from slm.digests import (
     size_mb,
     write_provenance,
 )
+from slm.errors import InputError
 from slm.exporters.builder import builder_arguments
 from slm.exporters.calibration_text import read_calibration
 from slm.exporters.checks import require_it_generates
@@ -34,6 +35,8 @@ from slm.running.command import entry_point
 from slm.running.run import run_step
 from slm.running.tracking import local_path
 from slm.running.work import versions
+from slm.sources.verify import WHOLE
+from slm.sources.weights import INDEX
 
 LIBRARIES = (
     "onnxruntime-genai",
@@ -124,6 +127,11 @@ def calibration_of(target: Target, settings: Export) -> dict[str, Any]:
 def main(config: Config) -> OnnxModel:
     checkpoint = local_path(config.source, "source", "fetch")
     require_files(checkpoint, "config.json", made_by="fetch")
+    if {WHOLE, INDEX} <= {path.name for path in checkpoint.iterdir()}:
+        raise InputError(
+            f"{checkpoint} has {WHOLE} and {INDEX}, which may hold different weights. Fetch it: "
+            "that takes what transformers loads."
+        )
     provenance = read_provenance(checkpoint)
     return run_step(
         "export_onnx",

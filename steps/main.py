@@ -11,7 +11,6 @@ import shlex
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from mlflow.exceptions import ExecutionException
 
 from slm.config import ROOT, Config
-from slm.errors import StepError, ToldError
+from slm.errors import StepError, ToldError, UserError
 from slm.evaluation.summary import show
 from slm.records import (
     Checkpoint,
@@ -34,7 +33,7 @@ from slm.records import (
 from slm.running.command import entry_point
 from slm.running.run import ONLY_KEPT
 from slm.running.tracking import mlflow_run, shown, store_variables
-from slm.running.work import Outcome, T, enum_value, work_folder
+from slm.running.work import NotKept, Outcome, T, enum_value, work_folder
 
 log = logging.getLogger("slm.main")
 
@@ -80,14 +79,19 @@ class Chain:
 
     def reuse(self, step: str, inputs: dict[str, Any]) -> Any:
         """What a step is known to end with, without a process of its own; None if it has to run."""
-        config = replace(self.config, **inputs)
-        with suppress(Exception):  # NotKept, or what the step itself will say
-            ONLY_KEPT.set(True)
-            try:
-                return importlib.import_module(f"steps.{step}").main(config)
-            finally:
-                ONLY_KEPT.set(False)
-        return None
+        config, words = replace(self.config, **inputs), logging.getLogger("slm")
+        level = words.level
+        ONLY_KEPT.set(True)
+        words.setLevel(logging.WARNING)  # what is said while asking, the step will say
+        try:
+            outcome = importlib.import_module(f"steps.{step}").main(config)
+        except (NotKept, UserError):
+            return None
+        finally:
+            ONLY_KEPT.set(False)
+            words.setLevel(level)
+        log.info("main: %s is reused: %s", step, outcome.uri)
+        return outcome
 
     def start(self, step: str, parameters: dict[str, str]) -> str:
         """Run an entry point to its end; return the id of its run."""

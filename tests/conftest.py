@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -176,7 +175,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{folder}.lock"):
         if not folder.with_suffix(".whole").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            assert not folder.exists(), f"{folder} could not be made before"
             folder.mkdir()
             make(folder)
             folder.with_suffix(".whole").touch()

@@ -20,6 +20,9 @@ from slm.running.command import split_overrides
 from steps.main import next_lines
 from tests.conftest import MODEL, TARGET, TINY, Packaged, Project, tracking
 
+# They read what others of them change: the registry and the report that `main` left.
+pytestmark = pytest.mark.xdist_group("main")
+
 STEPS = ["fetch", "export_onnx", "log_pyfunc", "log_transformers", "evaluate", "register"]
 
 
@@ -130,6 +133,8 @@ def test_a_second_run_reuses_everything_and_adds_no_version(packaged: Packaged) 
     process = packaged.mlflow_run("main", f"overrides={TINY}")
     assert process.returncode == 0, process.stderr[-2000:]
     assert process.stdout.count("reused ") == len(STEPS)
+    assert "Nothing changed" in process.stdout
+    assert process.stderr.count("=== Running command") == 1  # main's own: no step had a process
     after = len(packaged.client.search_model_versions(f"name = '{MODEL}-{TARGET}-prompt'"))
     assert after == before
 

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from slm.config import ExecutionProvider, Precision, Target
+from slm.sources.weights import weight_files
 from slm_pyfunc.engine.batch_decoder import BatchDecoder
 from slm_pyfunc.engine.cores import available_cores
-from slm_pyfunc.engine.decoder import has_longrope
+from slm_pyfunc.engine.decoder import PROMPT_PIECE, has_longrope
 from slm_pyfunc.engine.generator_decoder import GeneratorDecoder
 from slm_pyfunc.engine.sampling import log_softmax
 
@@ -36,6 +37,8 @@ class Tolerance:
 
 # SmolLM2's sound graphs are at 3e-7 nats in float32, at 6e-5 in float16.
 TOLERANCES = {Precision.fp32: Tolerance(1e-4, 5e-3), Precision.fp16: Tolerance(1e-3, 5e-2)}
+LEAST = 1024  # tokens of the long text: several pieces of a prompt
+ENDING = 8  # tokens at the end of each text that are decoded one by one as well
 SHORT = 128  # tokens: below every length that a configuration treats specially
 PAST = 64  # tokens that the long text goes past such a length
 
@@ -83,35 +86,38 @@ def write_twin(checkpoint: Path, folder: Path, text: str, most: int) -> Twin:
 
     folder.mkdir(parents=True)
     config = json.loads((checkpoint / "config.json").read_text())
-    whole = AutoConfig.from_pretrained(checkpoint).to_dict()
-    layers = layers_of_each_kind(whole)
+    known = AutoConfig.from_pretrained(checkpoint)
+    whole, count = known.to_dict(), known.num_hidden_layers
+    layers = layers_of_each_kind(whole, count)
     lengths = special_lengths(whole)
     context = whole.get("max_position_embeddings") or most
     reached = [length for length in lengths.values() if length + PAST <= most]
-    wanted = min(context, most, max(reached, default=0) + 4 * PAST)
+    wanted = min(context, most, max(LEAST, max(reached, default=0) + 4 * PAST))
     ids = AutoTokenizer.from_pretrained(checkpoint)(text, add_special_tokens=False)["input_ids"]
     ids = (ids * (-(-wanted // len(ids))))[:wanted]
-    rows = sorted({*ids, *special_ids(config)})
+    rows = sorted({*ids, *(token for token in special_ids(config) if token < known.vocab_size)})
     row_of = {token: row for row, token in enumerate(rows)}
     tensors = {}
-    for path in sorted(checkpoint.glob("*.safetensors")):
+    for path in weight_files(checkpoint, str(checkpoint)):
         with safe_open(path, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (no dict)
                 layer = re.search(r"\.(\d+)\.", name)
                 if layer and int(layer[1]) >= layers:
                     continue
                 tensor = weights.get_tensor(name)
-                if not layer and tensor.shape[0] == whole["vocab_size"]:
+                if not layer and tensor.shape[0] == known.vocab_size:
                     tensor = tensor[rows]
                 tensors[name] = tensor
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     for key, value in config.items():
-        if isinstance(value, list) and len(value) == config["num_hidden_layers"]:
+        if isinstance(value, list) and len(value) == count:
             config[key] = value[:layers]
         elif re.fullmatch(r"(bos|eos|pad|unk)_token_id", key):
-            own = [row_of[token] for token in as_list(value)]
+            own = [row_of[token] for token in as_list(value) if token in row_of]
             config[key] = own if isinstance(value, list) else next(iter(own), None)
-    config |= {"num_hidden_layers": layers, "vocab_size": len(rows)}
+    own_names = type(known).attribute_map  # GPT-2's num_hidden_layers is n_layer
+    config |= {own_names.get("num_hidden_layers", "num_hidden_layers"): layers}
+    config["vocab_size"] = len(rows)
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (checkpoint / name).is_file():
@@ -132,17 +138,33 @@ def compare(
     decoder = open_decoder(graph)
     worst, error, first = 0.0, 0.0, None
     for expected in reference:
-        found = decoder.score(twin.tokens[: len(expected)])
-        kl, distance = distances(expected, found)
-        worst, error = max(worst, float(kl.max())), max(error, float(distance.max()))
-        beyond = (kl > tolerance.kl_divergence) | (distance > tolerance.error)
-        wrong = np.flatnonzero(beyond | np.isnan(distance))
-        if len(wrong) and first is None:
-            first = int(wrong[0])
+        tokens = twin.tokens[: len(expected)]
+        for begin, found in ((0, decoder.score(tokens)), decoded(decoder, tokens)):
+            kl, distance = np.nan_to_num(distances(expected[begin:], found), nan=np.inf)
+            worst, error = max(worst, float(kl.max())), max(error, float(distance.max()))
+            wrong = (kl > tolerance.kl_divergence) | (distance > tolerance.error)
+            if wrong.any() and first is None:
+                first = begin + int(wrong.argmax())
     length = len(twin.tokens)
     unchecked = [f"{key} {value}" for key, value in twin.lengths.items() if value >= length]
     seconds = round(time.monotonic() - started, 1)
     return Parity(twin.layers, length, worst, error, first, unchecked, seconds)
+
+
+def decoded(decoder: Any, tokens: list[int]) -> tuple[int, np.ndarray]:
+    """Where the ending of a text begins, and the logits of its tokens, decoded one by one."""
+    begin = len(tokens) - ENDING
+    row = decoder.open(tokens[:begin], len(tokens))
+    for start in range(0, begin, PROMPT_PIECE):
+        decoder.extend(row, tokens[start : min(start + PROMPT_PIECE, begin)])
+    logits = []
+    for token in tokens[begin:]:
+        [found] = decoder.step([row], [token])
+        if isinstance(found, Exception):
+            raise found
+        logits.append(found.copy())
+    decoder.close(row)
+    return begin, np.stack(logits)
 
 
 def open_decoder(graph: Path) -> Any:
@@ -182,9 +204,8 @@ def distances(expected: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.n
     return kl, np.sqrt((difference**2).mean(-1)) / np.maximum(spread, 1e-12)
 
 
-def layers_of_each_kind(config: dict[str, Any]) -> int:
-    """How many of the first layers hold each kind of layer that the configuration lists."""
-    count = config["num_hidden_layers"]
+def layers_of_each_kind(config: dict[str, Any], count: int) -> int:
+    """How many of the first of `count` layers hold each kind that the configuration lists."""
     lists = [v for v in config.values() if isinstance(v, list) and len(v) == count]
     kinds = [json.dumps([values[layer] for values in lists]) for layer in range(count)]
     return min(count, max(2, max(kinds.index(kind) for kind in set(kinds)) + 1))
@@ -207,7 +228,12 @@ def special_settings(config: dict[str, Any]) -> list[str]:
     asked = "sliding_window use_sliding_window layer_types rope_parameters rope_scaling "
     asked += "partial_rotary_factor no_rope_layers attention_bias"
     found = {key: config[key] for key in asked.split() if config.get(key)}
-    return [f"{key}: {json.dumps(value)[:120]}" for key, value in found.items()]
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(found.get(key), dict):
+            found[key] = found[key].get("rope_type") or found[key].get("type")
+            if found[key] == "default":
+                del found[key]
+    return [f"{key}: {json.dumps(value)}" for key, value in found.items()]
 
 
 def special_ids(config: dict[str, Any]) -> list[int]:

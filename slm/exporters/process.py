@@ -23,7 +23,10 @@ WORKER = "slm.exporters.worker"
 
 
 def run_worker(request: Request) -> Exported:
-    """Export in a process of its own. Raises StepError if it fails or is killed."""
+    """Export in a process of its own.
+
+    Raises StepError for what it can name, RuntimeError with its last lines for anything else.
+    """
     scratch = Path(request.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     told = scratch / "request.json"
@@ -53,20 +56,19 @@ def run_worker(request: Request) -> Exported:
         raise StepError(error.read_text())
     if process.returncode == -signal.SIGKILL:
         raise StepError("the exporter was killed, most likely for lack of memory.")
-    text = " | ".join(last_lines) or "it printed nothing"
-    raise StepError(f"the exporter failed, exit code {process.returncode}: {text}")
+    text = "\n".join(last_lines) or "it printed nothing"
+    raise RuntimeError(f"the exporter failed, exit code {process.returncode}:\n{text}")
 
 
 def follow(process: subprocess.Popen[str]) -> list[str]:
     """Show how far the process is until it ends; return the last lines that say something else."""
-    last_lines: collections.deque[str] = collections.deque(maxlen=4)
+    last_lines: collections.deque[str] = collections.deque(maxlen=60)
     assert process.stdout is not None
     quarter = 0
     with tqdm(desc="export", unit="tensor", leave=False, disable=None) as bar:
         for line in process.stdout:
             if not line.startswith(MARK):
-                if line[:1].strip():  # not the code in a traceback
-                    last_lines.append(line.rstrip())
+                last_lines.append(line.rstrip())
                 continue
             done, total, name = json.loads(line.removeprefix(MARK))
             if not total:

@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import time
+import traceback
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -119,18 +120,32 @@ def choose(request: Request, checkpoint: Path, folder: Path) -> tuple[str, Parit
     save = partial(graph.write, quantizer=None, said=silent)
     precision = parity.twin_precision(request.target)
     refused: dict[str, str] = {}
+    compared = False
     for maker in request.makers:
         try:
             made = folder / maker
             MAKERS[maker](twin.folder, request.target, precision, made, save)
             found = parity.compare(twin, made, reference, parity.TOLERANCES[precision], started)
-        except Exception as error:  # of any library that makes or runs the graph
+        except Exception as error:
+            if not is_a_makers(error):
+                raise
             refused[maker] = words_for(error) or f"{type(error).__name__}: {one_line(error)[:300]}"
             continue
         if found.first is None:
+            said = f"{maker}'s graph agrees with transformers over {found.tokens} tokens"
+            say(0, 0, f"{said}: KL up to {found.kl_divergence:.1e} nats")
             return maker, found, refused
+        compared = True
         refused[maker] = disagreement(found, twin)
-    raise StepError(refusal(checkpoint, request.makers, refused))
+    raise StepError(refusal(checkpoint, request.makers, refused, compared))
+
+
+def is_a_makers(error: Exception) -> bool:
+    """Whether a maker, or ONNX Runtime, could not do it; no full disk, nor a fault of our own."""
+    if isinstance(error, OSError | MemoryError):
+        return False
+    at = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, RuntimeError) or "site-packages" in at
 
 
 def disagreement(found: Parity, twin: Twin) -> str:
@@ -145,16 +160,19 @@ def disagreement(found: Parity, twin: Twin) -> str:
     )
 
 
-def refusal(checkpoint: Path, makers: list[str], refused: dict[str, str]) -> str:
+def refusal(checkpoint: Path, makers: list[str], refused: dict[str, str], compared: bool) -> str:
     """What the user is told where no graph is right."""
     config = json.loads((checkpoint / "config.json").read_text())
     special = parity.special_settings(config)
     has = f" Its config.json has {', '.join(special)}." if special else ""
-    tried = "; ".join(f"{maker}: {why}" for maker, why in refused.items())
+    tried = "; ".join(f"{maker}: {why.rstrip('.')}" for maker, why in refused.items())
     others = [name for name in MAKERS if name not in makers]
     cure = f" Try export.graph=auto, which also asks {', '.join(others)}." if others else ""
     name = config["architectures"][0]
-    return f"no graph of {name} means what its checkpoint means. {tried}.{has}{cure}"
+    words = f"no graph of {name} means what its checkpoint means"
+    if not compared:
+        words = f"no graph of {name} can be made"
+    return f"{words}. {tried}.{has}{cure}"
 
 
 def say(done: int, total: int, name: str) -> None:

@@ -113,7 +113,8 @@ def shown_tracking_uri() -> str:
 def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
     """The MLflow run that `mlflow run` opened for this process, else a new one; or a child run."""
     if mlflow.active_run() is not None:
-        with mlflow.start_run(run_name=name, nested=True) as run:
+        tags = {"mlflow.project.entryPoint": name}  # as `mlflow run` would set it
+        with mlflow.start_run(run_name=name, nested=True, tags=tags) as run:
             yield run
         return
     run_id = os.environ.get("MLFLOW_RUN_ID")

@@ -12,6 +12,7 @@ from slm.config import Model
 from slm.errors import InputError, UnreachableError, UserError
 from slm.sources.verify import (
     WANTED,
+    WHOLE,
     Declared,
     is_weights,
     place_description,
@@ -109,8 +110,8 @@ class Hub:
         except (HTTPError, OSError, ValueError):
             return None
         index = folder / "model.safetensors.index.json"
-        weights = {"model.safetensors"}
-        if index.is_file():
+        weights = {WHOLE}
+        if index.is_file() and not (folder / WHOLE).is_file():
             weights = set(read_json(index).get("weight_map", {}).values())
         needed = {"config.json", *weights}
         return folder if all((folder / name).is_file() for name in needed) else None

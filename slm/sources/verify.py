@@ -18,6 +18,7 @@ from slm.errors import InputError, one_line
 
 log = logging.getLogger("slm.sources")
 
+WHOLE = "model.safetensors"
 # What a checkpoint folder may hold; everything else stays at the source.
 WANTED = (
     "*.safetensors",
@@ -52,8 +53,14 @@ class Declared:
 
 
 def wanted_names(names: list[str]) -> list[str]:
-    """The files of a source that belong into a checkpoint; no code, no pickles, no subfolders."""
-    return sorted(n for n in names if "/" not in n and any(map(PurePosixPath(n).match, WANTED)))
+    """The files of a source that belong into a checkpoint; no code, no pickles, no subfolders.
+
+    Where there is a model.safetensors, it is what transformers loads: no shards, nor their index.
+    """
+    wanted = [n for n in names if "/" not in n and any(map(PurePosixPath(n).match, WANTED))]
+    if WHOLE in wanted:
+        wanted = [n for n in wanted if n == WHOLE or ".safetensors" not in n]
+    return sorted(wanted)
 
 
 def require_safetensors(names: list[str], where: str) -> None:

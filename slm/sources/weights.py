@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from slm.errors import InputError, one_line
-from slm.sources.verify import read_json
+from slm.sources.verify import WHOLE, read_json
 
 log = logging.getLogger("slm.sources")
 
@@ -66,9 +66,14 @@ def require_weights(checkpoint: Path, source: str) -> dict[str, str]:
     """Raise InputError unless the weights are whole.
 
     Each file can be opened, the files hold all of the model's weights and no others, every number
-    is finite, and every token of the tokenizer has a row in the embedding. Returns the weights that
-    the configuration ties, each with the one that stands for it.
+    is finite, and every token of the tokenizer has a row in the embedding. Files of weights that
+    transformers does not load are removed. Returns the weights that the configuration ties, each
+    with the one that stands for it.
     """
+    loaded = set(weight_files(checkpoint, source))
+    for path in set(checkpoint.glob("*.safetensors")) - loaded:
+        log.info("fetch: %s is left behind: the index does not name it", path.name)
+        path.unlink()
     tensors, ties = read_tensors(checkpoint, source), {}
     if "quantization_config" in read_json(checkpoint / "config.json"):
         log.info("fetch: quantized weights are not matched to the model")
@@ -108,7 +113,7 @@ def read_tensors(checkpoint: Path, source: str) -> dict[str, Tensor]:
 
 def weight_files(checkpoint: Path, source: str) -> list[Path]:
     """model.safetensors, else the shards that the index names; InputError if one is missing."""
-    whole, index = checkpoint / "model.safetensors", checkpoint / INDEX
+    whole, index = checkpoint / WHOLE, checkpoint / INDEX
     found = {path.name for path in checkpoint.glob("*.safetensors")}
     named = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
     if missing := sorted(named - found):
