@@ -16,7 +16,7 @@ from slm.exporters.builder import make as make_by_builder
 from slm.exporters.checks import require_same_tokens
 from slm.exporters.generation import carry_over
 from slm.exporters.process import run_worker
-from slm.exporters.worker import Request, silent
+from slm.exporters.worker import Request, is_a_makers, silent
 from slm_pyfunc.engine.runtime import Runtime
 from slm_pyfunc.parameters import Parameters
 from tests.conftest import Packaged, composed
@@ -111,6 +111,32 @@ def test_a_weight_that_is_not_finite_is_named(tiny: Path, tmp_path: Path) -> Non
     write = partial(graph.write, quantizer=graph.Rtn(4, 32, 4), said=silent)
     with pytest.raises(StepError, match=r"layers.1.mlp.up_proj\S* holds NaN or infinity"):
         make_by_builder(checkpoint, target, target.precision, tmp_path / "onnx", write)
+
+
+def test_two_readings_of_the_weights_are_refused(
+    packaged: Packaged, tiny: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(tiny, tmp_path / "checkpoint")
+    (checkpoint / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(InputError, match="which may hold different weights. Fetch it"):
+        packaged.call("export_onnx", f"source={checkpoint}")
+
+
+@pytest.mark.parametrize(
+    ("error", "makers"),
+    [
+        (StepError("not supported"), True),
+        (OSError(28, "No space left on device"), False),
+        (AttributeError("a fault of this project"), False),
+    ],
+)
+def test_a_full_disk_or_a_fault_of_our_own_is_no_makers_refusal(
+    error: Exception, makers: bool
+) -> None:
+    try:
+        raise error
+    except Exception as raised:
+        assert is_a_makers(raised) is makers
 
 
 def test_a_tokenizer_that_the_runtime_reads_otherwise_is_refused(

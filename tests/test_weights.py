@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from slm.errors import InputError
+from slm.sources.verify import wanted_names
 from slm.sources.weights import Tensor, is_finite, require_weights
 
 Weights = dict[str, Any]
@@ -47,6 +48,25 @@ def test_weights_under_a_wrappers_prefix_say_how_to_save_them(
     missing = r"the model's weights that no file holds: lm_head\.weight, .* and \d+ more"
     with pytest.raises(InputError, match=rf"{missing}.*{words}"):
         require_weights(checkpoint, "x")
+
+
+def test_only_the_weights_that_transformers_loads_are_taken(checkpoint: Path) -> None:
+    stale = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "old.safetensors"]
+    own = ["config.json", "model.safetensors"]
+    assert wanted_names([*own, *stale]) == own
+    (checkpoint / "model.safetensors").rename(checkpoint / stale[0])
+    of = {name: stale[0] for name in read_tensors_of(checkpoint / stale[0])}
+    (checkpoint / stale[1]).write_text(json.dumps({"metadata": {}, "weight_map": of}))
+    (checkpoint / stale[2]).write_bytes(b"damaged")
+    require_weights(checkpoint, "x")
+    assert not (checkpoint / stale[2]).exists() and (checkpoint / stale[0]).exists()
+
+
+def read_tensors_of(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as weights:
+        return list(weights.keys())
 
 
 def test_a_missing_weight_one_too_many_and_a_wrong_shape_are_named(checkpoint: Path) -> None:
