@@ -6,6 +6,7 @@ its own, which reads some templates otherwise without a word: `in` on a string i
 there, `.replace()` and filters raise, and it knows no trim_blocks.
 """
 
+import contextlib
 import datetime
 import json
 from pathlib import Path
@@ -18,9 +19,15 @@ from jinja2 import nodes
 
 from .parameters import RequestError
 
-# Stands inside the control tokens of a message's content while the template is rendered: a private
-# use character that no message may hold.
-BREAK = "\uf8f0"
+# Private use characters. One that the prompt lacks stands inside the control tokens of contents
+# while the template is rendered.
+MARKS = range(0xF0000, 0x10FFFE)
+# Conversations that show what a template writes around contents.
+SAID = "\u00a7"
+PROBES = [
+    [{"role": role, "content": SAID} for role in roles]
+    for roles in (("user",), ("system", "user"), ("user", "assistant"), ("assistant", "user"))
+]
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -42,12 +49,14 @@ class ChatTemplate:
     def __init__(self, folder: Path) -> None:
         config = read_json(folder / "tokenizer_config.json")
         self.variables = special_tokens(config, read_json(folder / "special_tokens_map.json"))
-        self.control_tokens = control_tokens(read_json(folder / "tokenizer.json"))
         source = template_source(folder, config)
         try:
             self.template = environment().from_string(source)
         except jinja2.TemplateError as error:
             raise ValueError(f"{folder}: its chat template is not valid: {error}") from error
+        added = read_json(folder / "tokenizer.json").get("added_tokens", [])
+        self.special = frozenset(token["content"] for token in added if token.get("special"))
+        self.control_tokens = control_tokens(added, source, self.written())
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt, up to the assistant's turn; RequestError if the template refuses it."""
@@ -69,23 +78,48 @@ class ChatTemplate:
         """The prompt in pieces, to be encoded one by one.
 
         One piece, the prompt, unless a message's content holds a control token: then the prompt is
-        cut inside each of these, so that it is read as text and cannot forge a turn.
+        cut inside each of these, so that it is read as text and cannot forge a turn. A token that
+        the template itself reads in an answer stays whole there, such as Qwen3's `</think>`.
         """
-        return self.render([self.broken(message) for message in messages]).split(BREAK)
+        prompt = self.render(messages)
+        contents = "".join(message["content"] for message in messages)
+        present = [token for token in self.control_tokens if token in contents]
+        if not present:
+            return [prompt]
+        for token in present:
+            if len(token) == 1:  # cannot be cut
+                raise RequestError(f"messages hold {token!r}, with which the model marks turns")
+        taken = set(prompt + contents)
+        mark = next(mark for mark in map(chr, MARKS) if mark not in taken)
 
-    def broken(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The message with its control tokens broken."""
-        content = message["content"].replace(BREAK, "")
-        for token in self.control_tokens:
-            content = content.replace(token, token[:1] + BREAK + token[1:])
-        return {**message, "content": content}
+        def cut(user: list[str], assistant: list[str]) -> str:
+            return self.render(
+                [
+                    broken(message, assistant if message["role"] == "assistant" else user, mark)
+                    for message in messages
+                ]
+            )
+
+        in_answers = [
+            token
+            for token in present
+            if token in self.special or cut([], [token]).replace(mark, "") == prompt
+        ]
+        return cut(present, in_answers).split(mark)
+
+    def written(self) -> str:
+        """What the template writes around the probes, of those that it takes."""
+        prompts = []
+        for messages in PROBES:
+            with contextlib.suppress(RequestError):
+                prompts.append(self.render(messages))
+        return "\n".join(prompts)
 
     def turn_end(self) -> str:
         """What the template writes after an assistant's message; "" if it does not write it."""
-        said = "§"
-        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": said}
+        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": SAID}
         rendered = self.render([user, answer], add_generation_prompt=False)
-        return rendered.rpartition(said)[2] if said in rendered else ""
+        return rendered.rpartition(SAID)[2] if SAID in rendered else ""
 
 
 def environment() -> jinja2.Environment:
@@ -144,10 +178,31 @@ def special_tokens(*configs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def control_tokens(tokenizer: dict[str, Any]) -> list[str]:
-    """The tokens that only a template may write, longest first."""
-    added = tokenizer.get("added_tokens", [])
-    return sorted((t["content"] for t in added if t.get("special")), key=len, reverse=True)
+def control_tokens(added: list[dict[str, Any]], source: str, written: str) -> list[str]:
+    """The added tokens that only a template may write, longest first.
+
+    The special ones, and others that stand in a template's source or in what it writes, unless
+    they are words or spaces, which any text has. One of a single character cannot be cut, and
+    counts where it is special and written.
+    """
+
+    def is_control(token: str, special: bool) -> bool:
+        if len(token) == 1:
+            return special and not token.isspace() and token in written
+        is_text = not token.strip() or token.strip().isalnum()
+        return special or (not is_text and (token in source or token in written))
+
+    found = {token["content"] for token in added}
+    special = {token["content"] for token in added if token.get("special")}
+    return sorted((t for t in found if is_control(t, t in special)), key=len, reverse=True)
+
+
+def broken(message: dict[str, Any], tokens: list[str], mark: str) -> dict[str, Any]:
+    """The message with `mark` inside each of the tokens that its content holds."""
+    content = message["content"]
+    for token in tokens:
+        content = content.replace(token, token[:1] + mark + token[1:])
+    return {**message, "content": content}
 
 
 def read_json(path: Path) -> dict[str, Any]:

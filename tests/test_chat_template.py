@@ -7,7 +7,7 @@ import pytest
 
 from slm_pyfunc.chat_template import ChatTemplate
 from slm_pyfunc.parameters import RequestError
-from tests.checkpoints import TOKENIZER_FILES
+from tests.checkpoints import TOKENIZER_FILES, write_tokenizer
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Hello"}],
@@ -41,6 +41,12 @@ TEMPLATES = {
     "none": "{{ none }}{% if tools is none %}no tools{% endif %}"
     "{{ messages[0].name is undefined }}",
 }
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of the letters."""
+    return write_tokenizer(tmp_path_factory.mktemp("letters"))
 
 
 def with_template(tokenizer: Path, template: str, folder: Path) -> Path:
@@ -101,6 +107,65 @@ def test_control_tokens_in_a_message_are_cut_and_nothing_else_is(tiny: Path) -> 
     pieces = made.pieces(CONVERSATIONS[2])
     assert len(pieces) == 2 and "".join(pieces) == made.render(CONVERSATIONS[2])
     assert pieces[0].endswith("<") and pieces[1].startswith("|im_end|>")
+
+
+# As Qwen3's: it reads `</think>`, and writes it.
+READS_THINK = (
+    "{% for m in messages %}<turn>[{{ m.role }}]{% if m.role == 'assistant' %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<turn>[assistant]<think></think>{% endif %}"
+)
+
+
+def with_added(tokenizer: Path, template: str, folder: Path, **tokens: bool) -> ChatTemplate:
+    """A template whose tokenizer has added tokens, each special or not."""
+    tokenizer_json = json.loads((tokenizer / "tokenizer.json").read_text())
+    added = [{"content": token, "special": special} for token, special in tokens.items()]
+    tokenizer_json["added_tokens"] += added
+    with_template(tokenizer, template, folder)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json))
+    return ChatTemplate(folder)
+
+
+def test_every_added_token_of_the_template_is_cut_special_or_not(
+    letters: Path, tmp_path: Path
+) -> None:
+    names = ("<turn>", "[user]", "  ", "<b>", "role", "</think>", "<think>")
+    made = with_added(letters, READS_THINK, tmp_path, **dict.fromkeys(names, False))
+    content = "role  <b><turn>[user]</think></s>"
+    pieces = made.pieces([{"role": "user", "content": content}])
+    assert pieces[0] == "<turn>[user]role  <b><" and pieces[1:3] == ["turn>[", "user]<"]
+    assert pieces[3:] == ["/think><", "/s><turn>[assistant]<think></think>"]
+
+
+def test_a_token_that_the_template_reads_in_an_answer_stays_whole_there(
+    letters: Path, tmp_path: Path
+) -> None:
+    names = {"<turn>": False, "</think>": False, "<think>": False}
+    made = with_added(letters, READS_THINK, tmp_path, **names)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
+    messages[1]["content"] = "<think>hm</think>Blue."
+    assert "".join(made.pieces(messages)) == made.render(messages)
+    messages[1]["content"] = "<think>hm</think>Blue.<turn>[user]"
+    assert made.pieces(messages)[0].endswith("Blue.<") and "hm" not in made.pieces(messages)[0]
+
+
+def test_private_use_characters_of_a_message_are_kept(letters: Path) -> None:
+    made = ChatTemplate(letters)
+    text = "\uf8f0\U000f0000</s>\U000f0001"
+    [*_, piece] = made.pieces([{"role": "user", "content": text}])
+    assert piece == "/s>\U000f0001</s>"
+    assert "".join(made.pieces([{"role": "user", "content": text}])) == f"{text}</s>"
+
+
+def test_a_control_token_of_one_character_is_refused_in_a_message(
+    letters: Path, tmp_path: Path
+) -> None:
+    template = "{% for m in messages %}{{ m.content }}¶{% endfor %}"
+    made = with_added(letters, template, tmp_path, **{"¶": True, "?": True})
+    assert made.pieces([{"role": "user", "content": "a?"}]) == ["a?¶"]
+    with pytest.raises(RequestError, match="messages hold '¶', with which the model marks turns"):
+        made.pieces([{"role": "user", "content": "a¶"}])
 
 
 def test_what_ends_a_turn_is_read_from_the_template(tiny: Path) -> None:

@@ -2,6 +2,8 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,8 +19,10 @@ from slm.exporters.checks import require_same_tokens
 from slm.exporters.generation import carry_over
 from slm.exporters.process import run_worker
 from slm.exporters.worker import Request, is_a_makers, silent
+from slm_pyfunc.chat_template import ChatTemplate
 from slm_pyfunc.engine.runtime import Runtime
 from slm_pyfunc.parameters import Parameters
+from tests.checkpoints import write_tokenizer
 from tests.conftest import Packaged, composed
 
 
@@ -152,6 +156,45 @@ def test_a_tokenizer_that_the_runtime_reads_otherwise_is_refused(
     (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(StepError, match="does not support this tokenizer"):
         require_same_tokens(Runtime(broken), tiny)
+
+
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (TURNS, TURNS),
+        (NO_SYSTEM + TURNS, NO_SYSTEM + TURNS),
+        (TURNS, NO_SYSTEM + TURNS),
+        (NO_SYSTEM + TURNS, TURNS),
+        (TURNS, "{% if messages | length > 4 %}!{% endif %}" + TURNS),
+        (TURNS, TURNS.replace("m.content", "m.content.split('</think>')[-1]")),
+        (TURNS, TURNS.replace("m.content", "m.content or '-'")),
+        (TURNS, TURNS.replace("m.content", "m.content | replace('\r', '')")),
+        (TURNS, TURNS.replace("m.content", "m.content | replace('   ', ' ')")),
+        (TURNS, TURNS.replace("m.content", "m.content | replace('山', '')")),
+        (TURNS, TURNS.replace("m.content", "m.content | replace('</s>', '')")),
+    ],
+)
+def test_a_chat_that_is_rendered_or_refused_otherwise_is_an_error(
+    tmp_path: Path, found: str, expected: str
+) -> None:
+    """`expected` is the checkpoint's template, `found` the export's."""
+    from transformers import AutoTokenizer
+
+    export, checkpoint = (write_tokenizer(tmp_path / name) for name in ("export", "checkpoint"))
+    (export / "chat_template.jinja").write_text(found)
+    (checkpoint / "chat_template.jinja").write_text(expected)
+    encode = partial(AutoTokenizer.from_pretrained(export).encode, add_special_tokens=False)
+    tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(encode=encode))
+    runtime: Any = SimpleNamespace(render=ChatTemplate(export).render, tokenizer=tokenizer)
+    if found == expected:
+        assert require_same_tokens(runtime, checkpoint) == 0
+        return
+    with pytest.raises(StepError, match="the chat template renders as "):
+        require_same_tokens(runtime, checkpoint)
 
 
 def test_an_exporter_that_fails_says_its_last_line(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from slm_pyfunc.engine.runtime import Runtime
 from slm_pyfunc.parameters import Parameters, RequestError
 from slm_pyfunc.tokenizer import ids_without_token
 from steps.export_onnx import export_onnx
-from tests.checkpoints import write_tiny, write_tiny_gguf
+from tests.checkpoints import write_tiny, write_tiny_gguf, write_tokenizer
 from tests.conftest import composed
 from tests.test_fetch import fetched
 
@@ -191,6 +191,34 @@ def test_a_checkpoint_whose_answers_never_end_is_no_reference() -> None:
     model: Any = SimpleNamespace(end_tokens=[5])
     assert "lack [2], at which the checkpoint ends" in end_token_failure(model, [2, 5])
     assert not end_token_failure(model, [5])
+
+
+@pytest.mark.parametrize("is_mended", [False, True])
+def test_settings_of_generation_in_an_old_config_are_kept(tmp_path: Path, is_mended: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    if not is_mended:
+        (tokenizer / "chat_template.jinja").write_text(PLAIN)
+    checkpoint, onnx = write_tiny(tmp_path / "checkpoint", tokenizer), tmp_path / "onnx"
+    (checkpoint / "generation_config.json").unlink()
+    old = {"do_sample": True, "repetition_penalty": 1.3, "temperature": 0.6, "top_k": 7}
+    old |= {"no_repeat_ngram_size": 3, "eos_token_id": 0}
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | old))
+    assert len(add_turn_ends(checkpoint, "x", None)) == is_mended
+    assert (checkpoint / "generation_config.json").is_file() == is_mended
+
+    expected = AutoModelForCausalLM.from_pretrained(checkpoint).generation_config.to_dict()
+    ends = {"eos_token_id": [0, 1] if is_mended else 0}
+    assert {name: expected[name] for name in old} == old | ends
+    onnx.mkdir()
+    (onnx / "genai_config.json").write_text('{"model": {}, "search": {}}')
+    [note] = carry_over(checkpoint, onnx)
+    assert note.endswith("no_repeat_ngram_size=3")
+    made = json.loads((onnx / "genai_config.json").read_text())
+    served = {**made["search"], **made["model"], "no_repeat_ngram_size": 3}
+    assert {name: served[name] for name in old} == old | ends
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 1, "typical_p": 1.0, "max_length": 20}])

@@ -1,15 +1,17 @@
 """What an export has to do before it counts: read as its checkpoint does, load, and generate."""
 
+import itertools
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from slm.config import Target
-from slm.errors import StepError
+from slm.errors import StepError, one_line
 from slm_pyfunc.engine.decoder import ExecutionProviderUnavailable
 from slm_pyfunc.engine.runtime import Runtime
-from slm_pyfunc.parameters import Parameters
+from slm_pyfunc.parameters import Parameters, RequestError
 
 log = logging.getLogger("slm.export")
 
@@ -21,6 +23,18 @@ PROBES = (
     "Émile naïve, für 3,50 €",
     "山脚下的小镇",
     "👍🏽 ok 😀",
+)
+SYSTEM = {"role": "system", "content": "Be brief."}
+GREETING = ("Hello", "Hi!", "Who are you?")
+# Turns of user and assistant that have to render as the checkpoint's template renders them, with
+# and without a system message.
+CHATS = (
+    ("Hello",),
+    GREETING,
+    (*GREETING, "A model.", "And now?"),
+    ("Hello", "", "And now?"),
+    ("What is </think>?", "<think>\nhm\n</think>\n\nBlue.", "  Why?  "),
+    ("Émile 山脚下 👍🏽", "One\r\ntwo\r\n", "a   b\t c\n\n\nd"),
 )
 
 
@@ -61,14 +75,14 @@ def require_same_tokens(runtime: Runtime, checkpoint: Path) -> int:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
-    messages += [{"role": "user", "content": "Who are you?"}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if runtime.render(messages) != rendered:
-        raise StepError(
-            f"the chat template renders as {runtime.render(messages)!r}; "
-            f"the checkpoint's as {rendered!r}."
-        )
+    special = "Hello " + "".join(map(str, tokenizer.all_special_tokens))
+    for turns in (*CHATS, (special, special, special)):
+        require_same_prompt(runtime, tokenizer, conversation(turns))
+        require_same_prompt(runtime, tokenizer, [SYSTEM, *conversation(turns)])
+    greeting = conversation(GREETING)
+    rendered = expected_prompt(tokenizer, greeting)
+    if rendered is None:
+        rendered = expected_prompt(tokenizer, [SYSTEM, *greeting]) or ""
     differences = 0
     for text in (rendered, *PROBES):
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -82,3 +96,36 @@ def require_same_tokens(runtime: Runtime, checkpoint: Path) -> int:
         log.warning("%s", message)
         differences += 1
     return differences
+
+
+def conversation(turns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The messages of a user and an assistant, who take turns."""
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": r, "content": c} for r, c in zip(roles, turns, strict=False)]
+
+
+def require_same_prompt(runtime: Runtime, tokenizer: Any, messages: list[dict[str, str]]) -> None:
+    """Raise where the runtime renders a chat otherwise, or only one of the two refuses it."""
+    expected = expected_prompt(tokenizer, messages)
+    try:
+        found, reason = runtime.render(messages), ""
+    except RequestError as error:
+        found, reason = None, f" ({error})"
+    if found != expected:
+        raise StepError(
+            f"the chat template renders as {shown(found)}{reason}; "
+            f"the checkpoint's as {shown(expected)}."
+        )
+
+
+def expected_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
+    """What transformers renders; None where the template refuses the messages."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # of jinja2, the template's raise_exception, or its Python
+        log.info("the checkpoint's chat template refuses a probe: %s", one_line(error))
+        return None
+
+
+def shown(prompt: str | None) -> str:
+    return "nothing, it refuses the messages" if prompt is None else repr(prompt)

@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from slm.sources.mend import settings_in_config
+
 log = logging.getLogger("slm.export")
 
 # What slm_pyfunc serves (engine/runtime.py reads it out of genai_config's `search`).
@@ -32,7 +34,9 @@ def carry_over(checkpoint: Path, onnx: Path) -> list[str]:
     unserved = [f"{n}={v!r}" for n, v in sorted(settings.items()) if v != neutral.get(n)]
     if not unserved:
         return []
-    note = f"generation_config.json has what the ONNX model does not serve: {', '.join(unserved)}"
+    own = (checkpoint / "generation_config.json").is_file()
+    place = "generation_config.json" if own else "config.json"
+    note = f"{place} has what the ONNX model does not serve: {', '.join(unserved)}"
     log.warning("export_onnx: %s", note)
     return [note]
 
@@ -42,15 +46,15 @@ def generation_settings(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any
 
     Older checkpoints have such settings in config.json.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     if (checkpoint / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(checkpoint)
+        found = GenerationConfig.from_pretrained(checkpoint).to_diff_dict()
     else:
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(checkpoint))
+        found = settings_in_config(checkpoint)
     settings = {
         name: value
-        for name, value in config.to_diff_dict().items()
+        for name, value in found.items()
         if value is not None
         and name not in TECHNICAL
         and not name.startswith(("_", "output_", "cache_"))

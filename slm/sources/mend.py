@@ -5,6 +5,7 @@ Each function changes the placed copy alone, and returns a sentence for the prov
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from slm.errors import InputError
 from slm.sources.verify import read_json, write_json
@@ -60,7 +61,7 @@ def add_turn_ends(checkpoint: Path, source: str, turn_end: int | None) -> list[s
     if not new:
         return []
     path = checkpoint / "generation_config.json"
-    values = read_json(path) if path.is_file() else ids_of(checkpoint)
+    values = read_json(path) if path.is_file() else settings_in_config(checkpoint)
     write_json(path, values | {"eos_token_id": [*known, *new]})
     return [
         f"eos_token_id now has {number} ({tokenizer.convert_ids_to_tokens(number)}), which ends a "
@@ -89,7 +90,15 @@ def eos_ids(checkpoint: Path) -> list[int]:
     return []
 
 
-def ids_of(checkpoint: Path) -> dict[str, object]:
-    """The special ids of config.json, which counts where there is no generation_config.json."""
-    config = read_json(checkpoint / "config.json")
-    return {name: config[name] for name in ("bos_token_id", "pad_token_id") if name in config}
+def settings_in_config(checkpoint: Path) -> dict[str, Any]:
+    """What transformers 5.22 takes from config.json where there is no generation_config.json.
+
+    Older checkpoints set there how they generate. AutoConfig drops such settings as it reads.
+    """
+    from transformers import GenerationConfig
+
+    config = GenerationConfig.from_pretrained(
+        checkpoint, config_file_name="config.json", _from_model_config=True
+    )
+    metadata = ("_from_model_config", "transformers_version")
+    return {name: value for name, value in config.to_diff_dict().items() if name not in metadata}
