@@ -7,7 +7,7 @@ the checkpoint to the ONNX model made of it, and into the logged model.
 import functools
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,18 @@ class Provenance:
             for name, value in ((name, getattr(self, name)) for name in self.__dataclass_fields__)
             if value or name == "files"
         }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells its files from others, for keys and contents: not where they came from.
+
+        Another commit of the same files, a new README say, makes nothing anew.
+        """
+        bare = replace(self, source="", revision="")
+        if self.checkpoint:
+            own = replace(self.checkpoint, source="", revision="")
+            bare = replace(bare, checkpoint=own)
+        return bare.json()
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Provenance":

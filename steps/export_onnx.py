@@ -138,7 +138,7 @@ def main(config: Config) -> OnnxModel:
         config,
         OnnxModel,
         key={
-            "checkpoint": provenance.json(),
+            "checkpoint": provenance.identity,
             "target": asdict(config.target),
             "export": asdict(replace(config.export, calibration="", calibration_tokens=WINDOW)),
             "calibration": calibration_of(config.target, config.export),

@@ -95,7 +95,7 @@ def log_interface(
         model=packaging.model,
         interface=interface.value,
         content=digest_of(
-            [provenance.json(), code, packaging.requirements, settings, interface.value]
+            [provenance.identity, code, packaging.requirements, settings, interface.value]
         ),
         provenance=provenance,
         execution_provider=provider,
@@ -189,7 +189,7 @@ def main(config: Config) -> LoggedModels:
         config,
         LoggedModels,
         key={
-            "onnx": provenance.json(),
+            "onnx": provenance.identity,
             "packaging": asdict(packaging),
             "ships": digest_files(PACKAGE),
             "tracking": mlflow.get_tracking_uri(),

@@ -42,7 +42,7 @@ def log_transformers(checkpoint: Path, provenance: Provenance, model_name: str) 
         name=f"{model_name}-transformers",
         model=model_name,
         interface="chat",
-        content=digest_of([provenance.json(), requirements]),
+        content=digest_of([provenance.identity, requirements]),
         provenance=provenance,
         size_mb=size_mb(checkpoint),
     )
@@ -97,7 +97,7 @@ def main(config: Config) -> LoggedModels:
         config,
         LoggedModels,
         key={
-            "checkpoint": provenance.json(),
+            "checkpoint": provenance.identity,
             "model": config.model.name,
             "tracking": mlflow.get_tracking_uri(),
             "versions": versions(*LIBRARIES),

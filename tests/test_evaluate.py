@@ -535,6 +535,7 @@ def test_the_report_shows_how_the_candidate_stands_to_the_champion(
     assert "eos_token_id now has 2" in report.read_text() and "eos_token_id now has 2" in card
 
 
+@pytest.mark.xdist_group("main")  # it writes into the registry that `main` left
 def test_a_failed_verdict_names_its_gate_and_is_not_registered(
     packaged: Packaged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -556,6 +557,7 @@ def not_again(*_: object, **__: object) -> Measurement:
     raise AssertionError("it was measured again")
 
 
+@pytest.mark.xdist_group("main")  # it writes into the registry that `main` left
 def test_without_its_provider_a_target_is_registered_but_never_champion(
     packaged: Packaged, tiny: Path
 ) -> None:

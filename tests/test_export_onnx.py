@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from gguf import GGMLQuantizationType, quants
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 from safetensors.torch import load_file, save_file
 
@@ -85,6 +86,20 @@ def test_weights_are_rounded_as_onnxruntimes_kernel_does(
     kernels[bits](expected, padded, expected_scales, zero_points, 32, outputs, inputs, True)
     np.testing.assert_array_equal(scales, expected_scales)
     np.testing.assert_array_equal(packed, expected)
+
+
+def test_a_q4_0_tensor_of_a_gguf_keeps_its_integers_and_scales() -> None:
+    """What fetch dequantizes is rounded to what the file held."""
+    weight = np.random.default_rng(0).standard_normal((64, 96), np.float32)
+    stored = quants.quantize(weight, GGMLQuantizationType.Q4_0)
+    dequantized = quants.dequantize(stored, GGMLQuantizationType.Q4_0).astype(np.float32)
+    [(packed, scales)] = graph.Rtn(4, 32).quantize("", dequantized)
+    blocks = stored.reshape(64, 3, 18)  # a float16 scale, then the block's halves side by side
+    low_first = np.concatenate([packed & 15, packed >> 4], -1)
+    halves = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], -1)
+    order = [*range(0, 32, 2), *range(1, 32, 2)]
+    np.testing.assert_array_equal(low_first, halves[..., order])
+    np.testing.assert_array_equal(scales, blocks[..., :2].copy().view(np.float16)[..., 0])
 
 
 def test_both_makers_graphs_of_one_checkpoint_answer_alike(

@@ -78,7 +78,9 @@ def test_truncated_safetensors_are_refused(checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_a_missing_shard_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    (checkpoint / "model.safetensors").rename(checkpoint / first)
+    index = {"weight_map": {"a": first, "b": second}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"lacks model-00002-of-00002\.safetensors"):
         fetched(checkpoint, tmp_path)

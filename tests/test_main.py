@@ -132,7 +132,7 @@ def test_a_second_run_reuses_everything_and_adds_no_version(packaged: Packaged) 
     before = len(packaged.client.search_model_versions(f"name = '{MODEL}-{TARGET}-prompt'"))
     process = packaged.mlflow_run("main", f"overrides={TINY}")
     assert process.returncode == 0, process.stderr[-2000:]
-    assert process.stdout.count("reused ") == len(STEPS)
+    assert process.stdout.count("reused ") == len(STEPS), process.stdout[:1500]
     assert "Nothing changed" in process.stdout
     assert process.stderr.count("=== Running command") == 1  # main's own: no step had a process
     after = len(packaged.client.search_model_versions(f"name = '{MODEL}-{TARGET}-prompt'"))
@@ -208,6 +208,18 @@ def test_a_report_that_was_deleted_is_made_again(packaged: Packaged) -> None:
     report.unlink()
     packaged.call("evaluate", *split_overrides(TINY), *packaged.pair)
     assert report.is_file()
+
+
+def test_another_commit_of_the_same_files_is_the_same_content(
+    packaged: Packaged, tiny: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "checkpoint")
+    made = set()
+    for revision in ("a" * 40, "b" * 40):
+        write_provenance(folder, source="hf://org/tiny", revision=revision)
+        logged = packaged.call("log_transformers", "model.name=tiny", f"source={folder}")
+        made.add((logged.models[0].content, logged.models[0].model_id))
+    assert len(made) == 1
 
 
 def test_another_licence_is_another_provenance(
