@@ -7,7 +7,7 @@ the checkpoint to the ONNX model made of it, and into the logged model.
 import functools
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,8 @@ class Provenance:
 
         Another commit of the same files, a new README say, makes nothing anew.
         """
-        bare = replace(self, source="", revision="")
-        if self.checkpoint:
-            own = replace(self.checkpoint, source="", revision="")
-            bare = replace(bare, checkpoint=own)
-        return bare.json()
+        bare = {k: v for k, v in self.json().items() if k not in ("source", "revision")}
+        return bare | ({"checkpoint": self.checkpoint.identity} if self.checkpoint else {})
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Provenance":

@@ -35,8 +35,7 @@ from slm.running.command import entry_point
 from slm.running.run import run_step
 from slm.running.tracking import local_path
 from slm.running.work import versions
-from slm.sources.verify import WHOLE
-from slm.sources.weights import INDEX
+from slm.sources.verify import INDEX, WHOLE
 
 LIBRARIES = (
     "onnxruntime-genai",

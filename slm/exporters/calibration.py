@@ -25,6 +25,7 @@ from torch import nn
 
 from slm.errors import StepError
 from slm.exporters.gptq import pack, round_weight, unpack
+from slm.sources.weights import weight_files
 
 # Of the moments' mean diagonal: how little a text may correct.
 CORRECTION_DAMPING = 0.05
@@ -68,7 +69,7 @@ class Tensors:
 
     def __init__(self, checkpoint: Path) -> None:
         self.files: dict[str, Any] = {}
-        for path in sorted(checkpoint.glob("*.safetensors")):
+        for path in weight_files(checkpoint, str(checkpoint)):
             file = safe_open(path, "pt")
             self.files |= dict.fromkeys(file.keys(), file)
 

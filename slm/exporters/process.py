@@ -33,13 +33,14 @@ def run_worker(request: Request) -> Exported:
     told.write_text(json.dumps(asdict(request), default=enum_value))
     command = [sys.executable, "-m", WORKER, str(told)]
     log.info("%s", " ".join(command))
-    environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
+    own = {"ORT_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    own["HF_HUB_OFFLINE"] = "1"
     # The column loops of gptq.py are of small products, which threads only slow down.
-    environment["OPENBLAS_NUM_THREADS"] = "1"
+    own["OPENBLAS_NUM_THREADS"] = "1"
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**environment, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **own},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

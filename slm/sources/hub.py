@@ -11,6 +11,7 @@ from huggingface_hub.errors import HTTPError  # of the HTTP client that the hub'
 from slm.config import Model
 from slm.errors import InputError, UnreachableError, UserError
 from slm.sources.verify import (
+    INDEX,
     WANTED,
     WHOLE,
     Declared,
@@ -109,7 +110,7 @@ class Hub:
             )
         except (HTTPError, OSError, ValueError):
             return None
-        index = folder / "model.safetensors.index.json"
+        index = folder / INDEX
         weights = {WHOLE}
         if index.is_file() and not (folder / WHOLE).is_file():
             weights = set(read_json(index).get("weight_map", {}).values())

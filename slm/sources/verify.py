@@ -18,7 +18,7 @@ from slm.errors import InputError, one_line
 
 log = logging.getLogger("slm.sources")
 
-WHOLE = "model.safetensors"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a checkpoint folder may hold; everything else stays at the source.
 WANTED = (
     "*.safetensors",

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from slm.errors import InputError, one_line
-from slm.sources.verify import WHOLE, read_json
+from slm.sources.verify import INDEX, WHOLE, read_json
 
 log = logging.getLogger("slm.sources")
 
-INDEX = "model.safetensors.index.json"
 # An unsigned integer of a number's size, and the bits that are all set in NaN and infinity alone.
 BITS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "F64": (np.uint64, 0x7FF0_0000_0000_0000),
