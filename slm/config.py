@@ -49,11 +49,13 @@ class Quantizer(enum.Enum):
     """Who rounds the weights to int4 or int8.
 
     `rtn` is the exporter's own round to nearest, one tensor at a time: the builder's `default` to
-    the bit. `gptq` rounds on the inputs that a calibration text gives, layer by layer. `builder`
+    the bit. `grid` keeps the integers and scales of a checkpoint that was quantized before, such as
+    a GGUF. `gptq` rounds on the inputs that a calibration text gives, layer by layer. `builder`
     leaves it to the builder and its options, at three times the memory.
     """
 
     rtn = "rtn"
+    grid = "grid"
     gptq = "gptq"
     builder = "builder"
 

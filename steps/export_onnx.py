@@ -79,6 +79,9 @@ def export_onnx(
     notes = [f"the graph is not by {name}: {why}" for name, why in exported.refused.items()]
     if exported.parity.unchecked:
         notes.append(f"the graph was not compared past {', '.join(exported.parity.unchecked)}")
+    if exported.rounded:
+        names = ", ".join(exported.rounded)
+        notes.append(f"weights that stand on no grid were rounded to 8 bits: {names}")
     notes += carry_over(checkpoint, onnx)
     checked_on, differences = require_it_generates(onnx, checkpoint, target)
     arguments = builder_arguments(target) if exported.graph == "genai" else []

@@ -25,7 +25,7 @@ class Calibrated:
     block_size: int
     accuracy_level: int = 0
 
-    def quantize(self, name: str, weight: np.ndarray) -> list[Packed]:
+    def quantize(self, name: str, weight: np.ndarray, looked_up: bool = False) -> list[Packed]:
         """The rounded rows of a weight [outputs, inputs]. Raises StepError if one is unknown."""
         layer = re.search(r"\.(\d+)\.", name)
         saved = Saved(self.folder / f"{layer[1] if layer else HEAD}.safetensors", self.block_size)

@@ -24,7 +24,8 @@ SMALL = 1024  # bytes: tensors that stay in the graph
 ROUNDED_AT_ONCE = 2**20  # weights, by each core
 
 
-# Packed uint8 [outputs, blocks, block_size * bits / 8], and scales [outputs, blocks].
+# Packed uint8 [outputs, blocks, block_size * bits / 8], and scales [outputs, blocks]. Blocks beyond
+# the inputs weigh the means of the inputs' blocks (`columns_of_means`).
 Packed = tuple[np.ndarray, np.ndarray]
 
 
@@ -40,10 +41,11 @@ class Quantizer(Protocol):
     @property
     def accuracy_level(self) -> int: ...
 
-    def quantize(self, name: str, weight: np.ndarray) -> list[Packed]:
+    def quantize(self, name: str, weight: np.ndarray, looked_up: bool = False) -> list[Packed]:
         """Round a weight [outputs, inputs]; parts follow one another along the outputs.
 
-        A part has 4 or 8 bits of its own.
+        A part has 4 or 8 bits of its own. A weight that is `looked_up` by its rows as well is one
+        part, without means.
         """
 
 
@@ -59,7 +61,7 @@ class Rtn:
     block_size: int
     accuracy_level: int = 0
 
-    def quantize(self, name: str, weight: np.ndarray) -> list[Packed]:
+    def quantize(self, name: str, weight: np.ndarray, looked_up: bool = False) -> list[Packed]:
         """Round a weight, some rows at a time, on all cores; its scales are of its own type."""
         outputs, inputs = weight.shape
         blocks = -(-inputs // self.block_size)
@@ -98,6 +100,18 @@ class Rtn:
 def packed_integers(integers: np.ndarray, bits: int) -> np.ndarray:
     """Integers as MatMulNBits reads them: two of four bits in a byte, the first one low."""
     return integers if bits == 8 else integers[..., ::2] | integers[..., 1::2] << 4
+
+
+def columns_of_means(blocks: int, block_size: int, bits: int) -> np.ndarray:
+    """Which blocks' means stand behind the inputs, one a column.
+
+    Each mean stands in one block of columns at 8 bits, and in two or more at 4, so that the second
+    can weigh what rounding leaves in the first.
+    """
+    times = 1
+    if bits == 4:
+        times = max(3, block_size // blocks + 2) if blocks % block_size else 2
+    return np.tile(np.arange(blocks), times)
 
 
 def write(
@@ -171,36 +185,37 @@ def quantize_product(
     """
     node, weight = product.node, product.weight
     array = product.read()
-    parts = quantizer.quantize(product.name, array)
+    graph, block_size, inputs = model.graph, quantizer.block_size, array.shape[1]
+    lookups = [use.node for use in weight.uses() if use.node.op_type == "Gather"]
+    lookups = lookups if product.transposed and inputs % block_size == 0 else []
+    makers = lookups_by_the_maker(graph, product.name)
+    parts = quantizer.quantize(product.name, array, looked_up=bool(lookups or makers))
     if not all(np.isfinite(scales).all() for _, scales in parts):
         raise StepError(f"{product.name} holds NaN or infinity: the checkpoint is damaged.")
-    graph, block_size, inputs = model.graph, quantizer.block_size, array.shape[1]
-    own = {"K": inputs, "block_size": block_size}
+    own = {"block_size": block_size}
     if quantizer.accuracy_level:
         own["accuracy_level"] = quantizer.accuracy_level
     products = []
     for number, (packed, scales) in enumerate(parts):
         name = product.name if len(parts) == 1 else f"{product.name}_{number}"
         bits = packed.shape[2] * 8 // block_size
-        if bits == 8 and named(graph, f"{name}_Q4"):
-            raise StepError(
-                f"the maker's graph looks tokens up in {name} as int4, so it cannot have 8 bits. "
-                "Leave it out of target.int8."
-            )
+        read, columns = node.inputs[0], inputs
+        if packed.shape[1] * block_size >= inputs + block_size:
+            read, more = with_means(node, inputs // block_size, block_size, bits)
+            columns += more
         constants = [
             add_constant(graph, f"{name}_Q{bits}", packed, data),
             add_scales(graph, f"{name}_scales", scales, array.dtype, node, data),
         ]
-        attributes = {**own, "N": len(packed), "bits": bits}
-        products.append(([node.inputs[0], *constants], attributes))
+        attributes = {**own, "K": columns, "N": len(packed), "bits": bits}
+        products.append(([read, *constants], attributes))
     if len(parts) == 1:
         replace(graph, node, "MatMulNBits", *products[0], MICROSOFT)
     else:
         nodes = [ir.node("MatMulNBits", *each, domain=MICROSOFT) for each in products]
         graph.insert_before(node, nodes)
         replace(graph, node, "Concat", [each.outputs[0] for each in nodes], {"axis": -1})
-    lookups = [use.node for use in weight.uses() if use.node.op_type == "Gather"]
-    for lookup in lookups if product.transposed and inputs % block_size == 0 else []:
+    for lookup in [*lookups, *(makers if bits == 8 else [])]:
         row = np.array([len(packed), inputs * bits // 8])
         shape = add_constant(graph, f"{product.name}_rows", row, data)
         rows = ir.node("Reshape", [constants[0], shape])
@@ -213,6 +228,29 @@ def quantize_product(
     if not weight.uses():
         del graph.initializers[product.name]
         weight.const_value = None
+
+
+def lookups_by_the_maker(graph: ir.Graph, name: str) -> list[ir.Node]:
+    """Where genai's builder looks tokens up in a weight that it expects in int4."""
+    value = named(graph, f"{name}_Q4")
+    rows = [use.node.outputs[0] for use in value.uses()] if value else []
+    uses = (use.node for row in rows for use in row.uses())
+    return [node for node in uses if node.op_type == "GatherBlockQuantized"]
+
+
+def with_means(node: ir.Node, blocks: int, block_size: int, bits: int) -> tuple[ir.Value, int]:
+    """The inputs of a product with their blocks' means behind them, and how many these are."""
+    inputs = node.inputs[0]
+    assert inputs is not None and node.graph is not None
+    columns = len(columns_of_means(blocks, block_size, bits))
+    name = f"{inputs.name}_with_means_{columns}"
+    if (known := next((u.node for u in inputs.uses() if u.node.name == name), None)) is None:
+        window = {"kernel_shape": [block_size], "strides": [block_size]}
+        pool = ir.node("AveragePool", [inputs], window, name=f"{inputs.name}_means_{columns}")
+        means = [pool.outputs[0]] * (columns // blocks)
+        known = ir.node("Concat", [inputs, *means], {"axis": -1}, name=name)
+        node.graph.insert_before(node, [pool, known])
+    return known.outputs[0], columns
 
 
 def replace(

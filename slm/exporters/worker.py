@@ -20,6 +20,7 @@ from typing import Any
 from slm.config import WINDOW, ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import StepError, one_line, words_for
 from slm.exporters import builder, graph, mobius, parity
+from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
 from slm.records import from_json
 from slm.running.memory import peak_rss_mb, releasing_mapped
@@ -51,13 +52,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Exported:
-    """Whose graph it is, how close its twin was, and why others were `refused`, by name."""
+    """Whose graph it is, how close its twin was, and why others were `refused`, by name.
+
+    `rounded` are the weights that `quantizer=grid` had to round.
+    """
 
     graph: str
     parity: Parity
     refused: dict[str, str]
     build_s: float
     peak_rss_mb: float
+    rounded: list[str] = field(default_factory=list)
 
 
 def export(request: Request) -> Exported:
@@ -70,13 +75,25 @@ def export(request: Request) -> Exported:
     maker, agreed, refused = choose(request, checkpoint, Path(request.scratch))
     gc.collect()
     target = request.target
-    save = None
+    save = quantizer = None
     if not (target.quantizer is Quantizer.builder and target.precision.bits):
-        save = partial(graph.write, quantizer=quantizer_of(request, maker), said=say)
+        quantizer = quantizer_of(request, maker)
+        save = partial(graph.write, quantizer=quantizer, said=say)
     with releasing_mapped(checkpoint):
         MAKERS[maker](checkpoint, target, target.precision, onnx, save)
+    rounded = require_kept(quantizer) if isinstance(quantizer, Grid) else []
     seconds = round(time.monotonic() - started - agreed.seconds, 1)
-    return Exported(maker, agreed, refused, seconds, round(peak_rss_mb(), 1))
+    return Exported(maker, agreed, refused, seconds, round(peak_rss_mb(), 1), rounded)
+
+
+def require_kept(grid: Grid) -> list[str]:
+    """The weights that stand on no grid. Raises StepError if all of them do."""
+    if not grid.kept:
+        raise StepError(
+            "no weight of the checkpoint stands on a grid of at most 255 steps a block: it was "
+            "never quantized, or not kept in float32 since. Export with target.quantizer=rtn."
+        )
+    return grid.rounded
 
 
 def quantizer_of(request: Request, maker: str) -> graph.Quantizer | None:
@@ -89,6 +106,8 @@ def quantizer_of(request: Request, maker: str) -> graph.Quantizer | None:
     accuracy_level = target.builder_options.get("accuracy_level", 0)
     if target.quantizer is Quantizer.rtn:
         return graph.Rtn(bits, block_size, accuracy_level)
+    if target.quantizer is Quantizer.grid:
+        return Grid(block_size, accuracy_level)
     from slm.exporters.calibrated import Calibrated
     from slm.exporters.calibration import Rounding, calibrate
     from slm.exporters.calibration_text import calibration_tokens

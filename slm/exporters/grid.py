@@ -1,0 +1,168 @@
+"""Keep the grid that a checkpoint's weights stand on, if they were quantized once before.
+
+A GGUF that is dequantized to float32 still shows its integers: each block's values are the lowest
+one plus multiples of a step (GGUF's Q4_0, Q4_1, Q4_K, Q5_*, Q8_0). Found again, they are carried
+over, and nothing is rounded a second time.
+"""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from slm.exporters.graph import (
+    ROUNDED_AT_ONCE,
+    Packed,
+    Rtn,
+    columns_of_means,
+    packed_integers,
+)
+from slm_pyfunc.engine.cores import available_cores
+
+LEVELS = 255  # the most steps between a block's lowest and highest value
+EXACT = 2.0**-21  # of a block's largest value: what dequantizing in float32 rounds off
+STORED = 2.0**-18  # of a step: what it may lose by that, and still be known as a float16
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integers and scales as they were before the weights were dequantized to float32.
+
+    A row of at most 16 levels in every block gets 4 bits, another one 8. Where zero is no level of
+    a block (Q4_1, Q4_K), the rest is the weight of the mean of the block's inputs. Rows that stand
+    on no grid are rounded to 8 bits, and the weight's name is added to `rounded`; so are those of a
+    weight that is looked up as well, if they are of several kinds or need means.
+    """
+
+    block_size: int
+    accuracy_level: int = 0
+    kept: list[str] = field(default_factory=list)
+    rounded: list[str] = field(default_factory=list)
+
+    def quantize(self, name: str, weight: np.ndarray, looked_up: bool = False) -> list[Packed]:
+        """The integers of a weight [outputs, inputs], in parts of one kind of rows each."""
+        if weight.shape[1] % self.block_size:
+            return self.round(name, weight)
+        levels, steps, lows = self.find(weight)
+        bits = np.where(levels.max((1, 2)) > 15, 8, 4)
+        bits[np.isnan(steps).any(1)] = 0
+        empty = ~(steps > 0).any(1) & (bits > 0)  # rows of zeros, of whatever kind their like is
+        if not empty.all():
+            bits[empty] = np.bincount(bits[~empty]).argmax()
+        bounds = [0, *(np.flatnonzero(np.diff(bits)) + 1), len(bits)]
+        parts = []
+        for start, stop in itertools.pairwise(bounds):
+            some = slice(start, stop)
+            if bits[start]:
+                parts.append(self.pack(bits[start], levels[some], steps[some], lows[some]))
+            else:
+                parts += self.round(name, weight[some])
+        blocks = weight.shape[1] // self.block_size
+        if looked_up and (len(parts) > 1 or parts[0][1].shape[1] > blocks):
+            return self.round(name, weight)
+        self.kept.append(name)
+        return parts
+
+    def round(self, name: str, weight: np.ndarray) -> list[Packed]:
+        self.rounded.append(name)
+        return Rtn(8, self.block_size).quantize(name, weight)
+
+    def find(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The levels, uint8 [outputs, blocks, block_size], on steps and from lows of each block.
+
+        Where values stand on no grid, the step is NaN.
+        """
+        outputs, inputs = weight.shape
+        levels = np.empty((outputs, inputs // self.block_size, self.block_size), np.uint8)
+        steps = np.empty(levels.shape[:2], np.float32)
+        lows = np.empty_like(steps)
+        rows = max(1, ROUNDED_AT_ONCE // inputs)
+
+        def find_in_rows(first: int) -> None:
+            some = slice(first, first + rows)
+            blocks = weight[some].astype(np.float32).reshape(-1, *levels.shape[1:])
+            levels[some], steps[some], lows[some] = grid_of(blocks)
+
+        with ThreadPoolExecutor(available_cores()) as pool:
+            list(pool.map(find_in_rows, range(0, outputs, rows)))
+        return levels, steps, lows
+
+    def pack(self, bits: int, levels: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> Packed:
+        """Rows on grids, with integers about 0, and after them the weights of their means."""
+        half = 2 ** (bits - 1)
+        highest = levels.max(-1).astype(np.int16)
+        lowest = np.rint(lows / np.where(steps > 0, steps, 1))
+        lowest = np.clip(lowest, -half, half - highest).astype(np.int16)
+        stored = steps.astype(np.float16).astype(np.float32)
+        if (np.abs(stored - steps) <= STORED * steps).all():
+            steps = stored
+        rest = lows - steps * lowest
+        rest[np.abs(rest) <= 2 * EXACT * largest(steps, lows, highest)] = 0
+        sign = np.where(
+            lowest + highest == half, np.int16(-1), np.int16(1)
+        )  # the integers go from -half to half - 1
+        integers = (levels + lowest[..., None]) * sign[..., None] + half
+        packed, scales = packed_integers(integers.astype(np.uint8), bits), steps * sign
+        if rest.any():
+            means, their_scales = self.pack_means(bits, rest * self.block_size)
+            packed = np.concatenate([packed, means], 1)
+            scales = np.concatenate([scales, their_scales], 1)
+        return packed, scales.astype(np.float16) if steps is stored else scales
+
+    def pack_means(self, bits: int, wanted: np.ndarray) -> Packed:
+        """The weights [outputs, blocks] of the means, and once more what rounding them leaves.
+
+        A mean that stands several times in the same block of inputs is weighed there once.
+        """
+        columns = columns_of_means(wanted.shape[1], self.block_size, bits)
+        left, half = wanted.copy(), 2 ** (bits - 1)
+        packed, scales = [], []
+        for start in range(0, len(columns), self.block_size):
+            own = columns[start : start + self.block_size][: wanted.shape[1]]
+            values = left[:, own]
+            extremes = values[np.arange(len(values)), np.abs(values).argmax(1)]
+            scale = (extremes / -half).astype(np.float16).astype(np.float32)[:, None]
+            nearest = np.clip(np.rint(values / np.where(scale == 0, 1, scale)), -half, half - 1)
+            left[:, own] -= nearest * scale
+            integers = np.full((len(values), self.block_size), half, np.uint8)
+            integers[:, : len(own)] += nearest.astype(np.int8).view(np.uint8)
+            packed.append(packed_integers(integers, bits))
+            scales.append(scale)
+        return np.stack(packed, 1), np.concatenate(scales, 1)
+
+
+def grid_of(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The levels of blocks [rows, blocks, block_size], and their steps and lows [rows, blocks].
+
+    A step is the greatest common divisor of the distances from the lowest value.
+    """
+    lows = blocks.min(-1)
+    distances = np.ascontiguousarray(np.moveaxis(blocks - lows[..., None], -1, 0))
+    spans = distances.max(0)
+    steps = spans.copy()
+    for each in distances:
+        steps = common_divisor(steps, each, spans / (2 * LEVELS))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = np.where(spans > 0, spans / np.rint(spans / steps), np.abs(lows))
+        levels = np.rint((blocks - lows[..., None]) / np.where(steps > 0, steps, 1)[..., None])
+    errors = np.abs(lows[..., None] + levels * steps[..., None] - blocks).max(-1)
+    fits = (errors <= EXACT * np.abs(blocks).max(-1)) & (levels.max(-1) <= LEVELS)
+    return (
+        np.where(fits[..., None], levels, 0).astype(np.uint8),
+        np.where(fits, steps, np.nan),
+        lows,
+    )
+
+
+def common_divisor(a: np.ndarray, b: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """Euclid's algorithm on floats: what is below `least` counts as 0."""
+    while (rest := b > least).any():
+        with np.errstate(divide="ignore", invalid="ignore"):
+            a, b = np.where(rest, b, a), np.where(rest, np.abs(a - b * np.rint(a / b)), 0)
+    return a
+
+
+def largest(steps: np.ndarray, lows: np.ndarray, highest: np.ndarray) -> np.ndarray:
+    """The largest absolute value of each block."""
+    return np.maximum(np.abs(lows), np.abs(lows + steps * highest))
