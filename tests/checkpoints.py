@@ -109,18 +109,21 @@ def write_as_phi3(folder: Path, checkpoint: Path, **config: Any) -> Path:
     return folder
 
 
-def write_tiny_gguf(path: Path, template: str, without: str = "") -> Path:
+def write_tiny_gguf(
+    path: Path, template: str, without: str = "", kinds: dict[str, str] | None = None
+) -> Path:
     """Write a GGUF file of random weights, all but one if asked, with a byte-level tokenizer.
 
-    Its eos is <|endoftext|>, and its token that ends a turn <|im_end|>.
+    Its eos is <|endoftext|>, and its token that ends a turn <|im_end|>. `kinds` are the types of
+    weights whose names begin so; others are float32.
     """
     import numpy as np
-    from gguf import GGUFWriter, TokenType
+    from gguf import GGMLQuantizationType, GGUFWriter, TokenType
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokens = [*special, *bytes_to_unicode().values(), "ab"]
-    width, heads = 32, 2
+    width, heads = 256 if kinds else 32, 2
     writer = GGUFWriter(path, "llama")
     writer.add_license("apache-2.0")
     writer.add_context_length(512)
@@ -134,8 +137,7 @@ def write_tiny_gguf(path: Path, template: str, without: str = "") -> Path:
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    kinds = [TokenType.CONTROL] * len(special) + [TokenType.NORMAL] * 257
-    writer.add_token_types(kinds)
+    writer.add_token_types([TokenType.CONTROL] * len(special) + [TokenType.NORMAL] * 257)
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
@@ -147,10 +149,35 @@ def write_tiny_gguf(path: Path, template: str, without: str = "") -> Path:
     shapes |= {f"blk.0.{name}": (width,) for name in ("attn_norm", "ffn_norm")}
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
-        if name != without:
+        kind = next((kind for start, kind in (kinds or {}).items() if name.startswith(start)), "")
+        if kind and len(shape) == 2:
+            stored = quantized(random.normal(0, 0.05, shape).astype(np.float32), kind)
+            raw_type = GGMLQuantizationType[kind]
+            writer.add_tensor(f"{name}.weight", stored, raw_dtype=raw_type)
+        elif name != without:
             writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def quantized(weight: Any, kind: str) -> Any:
+    """A weight [outputs, inputs] as a GGUF keeps it, uint8.
+
+    The library reads K-quants and does not write them: their bits are random, their scales small.
+    """
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+    size, stored_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    if not kind.endswith("_K"):
+        return quants.quantize(weight, GGMLQuantizationType[kind])
+    outputs, inputs = weight.shape
+    blocks = np.random.default_rng(1).integers(0, 256, (outputs, inputs // size, stored_bytes))
+    blocks = blocks.astype(np.uint8)
+    where = slice(-2, None) if kind == "Q6_K" else slice(0, 4)  # float16: d, or d and dmin
+    scales = {"Q6_K": [2e-5], "Q4_K": [1e-4, 7e-4], "Q5_K": [1e-4, 1.5e-3]}[kind]
+    blocks[..., where] = np.array(scales, np.float16).view(np.uint8)
+    return blocks.reshape(outputs, -1)

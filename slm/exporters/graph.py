@@ -102,15 +102,13 @@ def packed_integers(integers: np.ndarray, bits: int) -> np.ndarray:
     return integers if bits == 8 else integers[..., ::2] | integers[..., 1::2] << 4
 
 
-def columns_of_means(blocks: int, block_size: int, bits: int) -> np.ndarray:
-    """Which blocks' means stand behind the inputs, one a column.
+def columns_of_means(blocks: int, block_size: int) -> np.ndarray:
+    """Which block's mean each column behind the inputs is.
 
-    Each mean stands in one block of columns at 8 bits, and in two or more at 4, so that the second
-    can weigh what rounding leaves in the first.
+    Each mean stands in two blocks of columns at least, so that a second weight can make up for what
+    rounding leaves of the first.
     """
-    times = 1
-    if bits == 4:
-        times = max(3, block_size // blocks + 2) if blocks % block_size else 2
+    times = max(3, block_size // blocks + 2) if blocks % block_size else 2
     return np.tile(np.arange(blocks), times)
 
 
@@ -188,8 +186,8 @@ def quantize_product(
     graph, block_size, inputs = model.graph, quantizer.block_size, array.shape[1]
     lookups = [use.node for use in weight.uses() if use.node.op_type == "Gather"]
     lookups = lookups if product.transposed and inputs % block_size == 0 else []
-    makers = lookups_by_the_maker(graph, product.name)
-    parts = quantizer.quantize(product.name, array, looked_up=bool(lookups or makers))
+    looked_up = bool(lookups) or named(graph, f"{product.name}_Q4") is not None
+    parts = quantizer.quantize(product.name, array, looked_up)
     if not all(np.isfinite(scales).all() for _, scales in parts):
         raise StepError(f"{product.name} holds NaN or infinity: the checkpoint is damaged.")
     own = {"block_size": block_size}
@@ -199,23 +197,25 @@ def quantize_product(
     for number, (packed, scales) in enumerate(parts):
         name = product.name if len(parts) == 1 else f"{product.name}_{number}"
         bits = packed.shape[2] * 8 // block_size
-        read, columns = node.inputs[0], inputs
+        if bits == 8:
+            look_up_as_int8(graph, name, len(packed), inputs, block_size, data)
+        factor, columns = node.inputs[0], inputs
         if packed.shape[1] * block_size >= inputs + block_size:
-            read, more = with_means(node, inputs // block_size, block_size, bits)
-            columns += more
+            factor, means = with_means(node, inputs // block_size, block_size)
+            columns += means
         constants = [
             add_constant(graph, f"{name}_Q{bits}", packed, data),
             add_scales(graph, f"{name}_scales", scales, array.dtype, node, data),
         ]
         attributes = {**own, "K": columns, "N": len(packed), "bits": bits}
-        products.append(([read, *constants], attributes))
+        products.append(([factor, *constants], attributes))
     if len(parts) == 1:
         replace(graph, node, "MatMulNBits", *products[0], MICROSOFT)
     else:
         nodes = [ir.node("MatMulNBits", *each, domain=MICROSOFT) for each in products]
         graph.insert_before(node, nodes)
         replace(graph, node, "Concat", [each.outputs[0] for each in nodes], {"axis": -1})
-    for lookup in [*lookups, *(makers if bits == 8 else [])]:
+    for lookup in lookups:
         row = np.array([len(packed), inputs * bits // 8])
         shape = add_constant(graph, f"{product.name}_rows", row, data)
         rows = ir.node("Reshape", [constants[0], shape])
@@ -230,23 +230,32 @@ def quantize_product(
         weight.const_value = None
 
 
-def lookups_by_the_maker(graph: ir.Graph, name: str) -> list[ir.Node]:
-    """Where genai's builder looks tokens up in a weight that it expects in int4."""
-    value = named(graph, f"{name}_Q4")
-    rows = [use.node.outputs[0] for use in value.uses()] if value else []
-    uses = (use.node for row in rows for use in row.uses())
-    return [node for node in uses if node.op_type == "GatherBlockQuantized"]
+def look_up_as_int8(
+    graph: ir.Graph, name: str, rows: int, inputs: int, block_size: int, data: BinaryIO
+) -> None:
+    """Make the maker's own look-ups of a tied head, which it expects in int4, read int8."""
+    expected = named(graph, f"{name}_Q4")
+    if expected is None:
+        return
+    row = np.array([rows, -(-inputs // block_size) * block_size])
+    shape = add_constant(graph, f"{name}_rows", row, data)
+    for reshape, _ in list(expected.uses()):
+        reshape.replace_input_with(1, shape)
+        for lookup, _ in reshape.outputs[0].uses():
+            lookup.attributes["bits"] = ir.AttrInt64("bits", 8)
+        reshape.outputs[0].shape = ir.Shape(row)
+    expected.name = f"{name}_Q8"
 
 
-def with_means(node: ir.Node, blocks: int, block_size: int, bits: int) -> tuple[ir.Value, int]:
+def with_means(node: ir.Node, blocks: int, block_size: int) -> tuple[ir.Value, int]:
     """The inputs of a product with their blocks' means behind them, and how many these are."""
     inputs = node.inputs[0]
     assert inputs is not None and node.graph is not None
-    columns = len(columns_of_means(blocks, block_size, bits))
-    name = f"{inputs.name}_with_means_{columns}"
+    columns = len(columns_of_means(blocks, block_size))
+    name = f"{inputs.name}_with_means"
     if (known := next((u.node for u in inputs.uses() if u.node.name == name), None)) is None:
         window = {"kernel_shape": [block_size], "strides": [block_size]}
-        pool = ir.node("AveragePool", [inputs], window, name=f"{inputs.name}_means_{columns}")
+        pool = ir.node("AveragePool", [inputs], window, name=f"{inputs.name}_means")
         means = [pool.outputs[0]] * (columns // blocks)
         known = ir.node("Concat", [inputs, *means], {"axis": -1}, name=name)
         node.graph.insert_before(node, [pool, known])

@@ -43,13 +43,14 @@ class Grid:
     def quantize(self, name: str, weight: np.ndarray, looked_up: bool = False) -> list[Packed]:
         """The integers of a weight [outputs, inputs], in parts of one kind of rows each."""
         if weight.shape[1] % self.block_size:
-            return self.round(name, weight)
+            return self.rounded_anew(name, weight)
         levels, steps, lows = self.find(weight)
         bits = np.where(levels.max((1, 2)) > 15, 8, 4)
         bits[np.isnan(steps).any(1)] = 0
-        empty = ~(steps > 0).any(1) & (bits > 0)  # rows of zeros, of whatever kind their like is
-        if not empty.all():
-            bits[empty] = np.bincount(bits[~empty]).argmax()
+        full = np.flatnonzero(levels.any((1, 2)) | lows.any(1))
+        if len(full):  # rows of zeros are of any kind: that of the row before
+            before = np.searchsorted(full, np.arange(len(bits)), side="right") - 1
+            bits = bits[full[np.maximum(before, 0)]]
         bounds = [0, *(np.flatnonzero(np.diff(bits)) + 1), len(bits)]
         parts = []
         for start, stop in itertools.pairwise(bounds):
@@ -57,21 +58,23 @@ class Grid:
             if bits[start]:
                 parts.append(self.pack(bits[start], levels[some], steps[some], lows[some]))
             else:
-                parts += self.round(name, weight[some])
+                parts += self.rounded_anew(name, weight[some])
         blocks = weight.shape[1] // self.block_size
         if looked_up and (len(parts) > 1 or parts[0][1].shape[1] > blocks):
-            return self.round(name, weight)
-        self.kept.append(name)
+            return self.rounded_anew(name, weight)
+        if bits.any():
+            self.kept.append(name)
         return parts
 
-    def round(self, name: str, weight: np.ndarray) -> list[Packed]:
-        self.rounded.append(name)
+    def rounded_anew(self, name: str, weight: np.ndarray) -> list[Packed]:
+        if name not in self.rounded:
+            self.rounded.append(name)
         return Rtn(8, self.block_size).quantize(name, weight)
 
     def find(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The levels, uint8 [outputs, blocks, block_size], on steps and from lows of each block.
 
-        Where values stand on no grid, the step is NaN.
+        Where values stand on no grid, step and low are NaN.
         """
         outputs, inputs = weight.shape
         levels = np.empty((outputs, inputs // self.block_size, self.block_size), np.uint8)
@@ -115,7 +118,7 @@ class Grid:
 
         A mean that stands several times in the same block of inputs is weighed there once.
         """
-        columns = columns_of_means(wanted.shape[1], self.block_size, bits)
+        columns = columns_of_means(wanted.shape[1], self.block_size)
         left, half = wanted.copy(), 2 ** (bits - 1)
         packed, scales = [], []
         for start in range(0, len(columns), self.block_size):
@@ -138,29 +141,30 @@ def grid_of(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     A step is the greatest common divisor of the distances from the lowest value.
     """
     lows = blocks.min(-1)
-    distances = np.ascontiguousarray(np.moveaxis(blocks - lows[..., None], -1, 0))
-    spans = distances.max(0)
-    steps = spans.copy()
-    for each in distances:
-        steps = common_divisor(steps, each, spans / (2 * LEVELS))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        steps = np.where(spans > 0, spans / np.rint(spans / steps), np.abs(lows))
-        levels = np.rint((blocks - lows[..., None]) / np.where(steps > 0, steps, 1)[..., None])
-    errors = np.abs(lows[..., None] + levels * steps[..., None] - blocks).max(-1)
-    fits = (errors <= EXACT * np.abs(blocks).max(-1)) & (levels.max(-1) <= LEVELS)
-    return (
-        np.where(fits[..., None], levels, 0).astype(np.uint8),
-        np.where(fits, steps, np.nan),
-        lows,
-    )
+    distances = blocks - lows[..., None]
+    spans = distances.max(-1)
+    steps = np.where(spans > 0, spans, np.where(lows != 0, np.abs(lows), 1))
+    for i in range(blocks.shape[-1]):
+        to_common_divisors(steps, distances[..., i], spans / (2 * LEVELS))
+    np.divide(spans, np.rint(spans / steps), out=steps, where=spans > 0)
+    levels = np.rint(distances / steps[..., None])
+    errors = np.abs(levels * steps[..., None] + lows[..., None] - blocks).max(-1)
+    fits = (errors <= EXACT * np.abs(blocks).max(-1)) & (spans <= (LEVELS + 0.5) * steps)
+    steps[~fits] = lows[~fits] = np.nan
+    return np.where(fits[..., None], levels, 0).astype(np.uint8), steps, lows
 
 
-def common_divisor(a: np.ndarray, b: np.ndarray, least: np.ndarray) -> np.ndarray:
-    """Euclid's algorithm on floats: what is below `least` counts as 0."""
-    while (rest := b > least).any():
-        with np.errstate(divide="ignore", invalid="ignore"):
-            a, b = np.where(rest, b, a), np.where(rest, np.abs(a - b * np.rint(a / b)), 0)
-    return a
+def to_common_divisors(steps: np.ndarray, values: np.ndarray, least: np.ndarray) -> None:
+    """Make steps those that they have in common with values, in place.
+
+    It is Euclid's algorithm on floats: what is not above `least` is 0.
+    """
+    rest = np.abs(values - steps * np.rint(values / steps))
+    open_ = np.nonzero(rest > least)
+    while open_[0].size:
+        before, steps[open_] = steps[open_], rest[open_]
+        rest[open_] = np.abs(before - steps[open_] * np.rint(before / steps[open_]))
+        open_ = np.nonzero(rest > least)
 
 
 def largest(steps: np.ndarray, lows: np.ndarray, highest: np.ndarray) -> np.ndarray:
