@@ -166,18 +166,25 @@ def write_tiny_gguf(
 def quantized(weight: Any, kind: str) -> Any:
     """A weight [outputs, inputs] as a GGUF keeps it, uint8.
 
-    The library reads K-quants and does not write them: their bits are random, their scales small.
+    The library reads K-quants and IQ4, and does not write them: their bits are random.
     """
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-    size, stored_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    if not kind.endswith("_K"):
+    scales = {
+        "IQ4_NL": [1e-3],
+        "IQ4_XS": [2e-5],
+        "Q4_K": [1e-4, 7e-4],
+        "Q5_K": [1e-4, 1.5e-3],
+        "Q6_K": [2e-5],
+    }
+    if kind not in scales:
         return quants.quantize(weight, GGMLQuantizationType[kind])
+    size, stored_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     outputs, inputs = weight.shape
-    blocks = np.random.default_rng(1).integers(0, 256, (outputs, inputs // size, stored_bytes))
-    blocks = blocks.astype(np.uint8)
-    where = slice(-2, None) if kind == "Q6_K" else slice(0, 4)  # float16: d, or d and dmin
-    scales = {"Q6_K": [2e-5], "Q4_K": [1e-4, 7e-4], "Q5_K": [1e-4, 1.5e-3]}[kind]
-    blocks[..., where] = np.array(scales, np.float16).view(np.uint8)
+    random = np.random.default_rng(1)
+    blocks = random.integers(0, 256, (outputs, inputs // size, stored_bytes)).astype(np.uint8)
+    own = np.array(scales[kind], np.float16).view(np.uint8)  # d, or d and dmin
+    start = stored_bytes - 2 if kind == "Q6_K" else 0
+    blocks[..., start : start + len(own)] = own
     return blocks.reshape(outputs, -1)

@@ -1,5 +1,6 @@
 """What a GGUF holds is what an export with `quantizer=grid` holds."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +10,7 @@ from gguf import GGMLQuantizationType, quants
 
 from slm.config import Quantizer
 from slm.errors import StepError
-from slm.exporters import graph
-from slm.exporters.builder import make as make_by_builder
+from slm.exporters import builder, graph, mobius
 from slm.exporters.generation import carry_over
 from slm.exporters.graph import Packed, Rtn, columns_of_means
 from slm.exporters.grid import Grid
@@ -60,6 +60,8 @@ def weight_of(kind: str, inputs: int = 768, outputs: int = 24) -> np.ndarray:
         ("TQ2_0", 32, 4, LOSSLESS),
         ("Q5_0", 32, 8, LOSSLESS),
         ("MXFP4", 32, 8, LOSSLESS),
+        ("IQ4_NL", 32, 8, LOSSLESS),
+        ("IQ4_XS", 32, 8, LOSSLESS),
         ("Q8_0", 32, 8, LOSSLESS),
         ("Q6_K", 16, 8, LOSSLESS),
         ("Q4_1", 32, 4, BOUND),
@@ -104,16 +106,17 @@ def test_rounding_is_refused_where_nothing_is_on_a_grid() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "rounded", "within"),
+    ("maker", "kinds", "rounded", "within"),
     [
-        ({"blk": "Q4_0", "token_embd": "Q4_0"}, 0, 1e-3),
-        ({"blk": "Q4_1", "token_embd": "Q8_0"}, 0, 0.02),
-        ({"blk": "Q8_0", "token_embd": "Q4_1"}, 1, 0.1),
-        ({"blk.0.attn_v": "Q6_K", "blk": "Q4_K", "token_embd": "Q8_0"}, 1, 0.1),
+        (mobius.make, {"blk": "Q4_1", "token_embd": "Q8_0"}, 0, 0.02),
+        (builder.make, {"blk": "Q4_0", "token_embd": "Q4_0"}, 0, 1e-3),
+        (builder.make, {"blk": "Q4_1", "token_embd": "Q8_0"}, 0, 0.02),
+        (builder.make, {"blk": "Q8_0", "token_embd": "Q4_1"}, 1, 0.1),
+        (builder.make, {"blk.0.attn_v": "Q6_K", "blk": "Q4_K", "token_embd": "Q8_0"}, 1, 0.1),
     ],
 )
 def test_the_graph_of_a_gguf_answers_as_its_checkpoint(
-    kinds: dict[str, str], rounded: int, within: float, tmp_path: Path
+    maker: Callable[..., None], kinds: dict[str, str], rounded: int, within: float, tmp_path: Path
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -124,7 +127,7 @@ def test_the_graph_of_a_gguf_answers_as_its_checkpoint(
     assert target.quantizer is Quantizer.grid
     grid = Grid(32)
     write = partial(graph.write, quantizer=grid, said=silent)
-    make_by_builder(checkpoint, target, target.precision, tmp_path / "onnx", write)
+    maker(checkpoint, target, target.precision, tmp_path / "onnx", write)
     carry_over(checkpoint, tmp_path / "onnx")
     assert len(grid.rounded) == rounded
     tokens = list(range(3, 200))
