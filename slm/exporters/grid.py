@@ -102,9 +102,8 @@ class Grid:
             steps = stored
         rest = lows - steps * lowest
         rest[np.abs(rest) <= 2 * EXACT * largest(steps, lows, highest)] = 0
-        sign = np.where(
-            lowest + highest == half, np.int16(-1), np.int16(1)
-        )  # the integers go from -half to half - 1
+        # Integers go from -half to half - 1, so those that reach half change sign with their scale.
+        sign = np.where(lowest + highest == half, -1, 1).astype(np.int16)
         integers = (levels + lowest[..., None]) * sign[..., None] + half
         packed, scales = packed_integers(integers.astype(np.uint8), bits), steps * sign
         if rest.any():
