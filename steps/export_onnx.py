@@ -80,8 +80,8 @@ def export_onnx(
     if exported.parity.unchecked:
         notes.append(f"the graph was not compared past {', '.join(exported.parity.unchecked)}")
     if exported.rounded:
-        names = ", ".join(exported.rounded)
-        notes.append(f"weights that stand on no grid were rounded to 8 bits: {names}")
+        names = ", ".join(exported.rounded[:3]) + (", …" if len(exported.rounded) > 3 else "")
+        notes.append(f"{len(exported.rounded)} weights with rows on no grid are rounded: {names}")
     notes += carry_over(checkpoint, onnx)
     checked_on, differences = require_it_generates(onnx, checkpoint, target)
     arguments = builder_arguments(target) if exported.graph == "genai" else []
