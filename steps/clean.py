@@ -122,11 +122,13 @@ def show(done: Cleaning) -> None:
     columns = {"folder": "left", "GB": "right", "days unused": "right"}
     rows = [[e.folder, f"{e.gb:.3f}", f"{e.unused_days:.1f}"] for e in done.removed]
     words = "Would be removed" if done.dry_run else "Removed"
-    console.print(table(f"{words}, of {done.work}", columns, rows), "")
+    if rows:
+        console.print(table(words, columns, rows), "")
     for reason in dict.fromkeys(done.kept.values()):
         count = list(done.kept.values()).count(reason)
         console.print(f"kept        {count}: {reason}")
-    console.print(f"{words} {done.removed_gb:.3f} GB; {done.left_gb:.3f} GB stay")
+    text = f"{words} {done.removed_gb:.3f} GB; {done.left_gb:.3f} GB stay in {done.work}"
+    console.print(text, soft_wrap=True)
 
 
 def main(config: Config) -> None:

@@ -80,7 +80,7 @@ def ask(link: Link, config: Config, outcomes: dict[str, Any]) -> tuple[str, str]
         before = records(work_folder(config.paths.work) / link.step)
         if not any(r.get("of", {}).get("model") == config.model.name for r in before):
             return RUNS, f"never made of {config.model.name}"
-        return MAY_RUN, f"unless {' and '.join(waits_for)} end as before"
+        return MAY_RUN, f"if {' or '.join(waits_for)} ends otherwise"
     try:
         outcomes[link.step] = kept(link.step, config, link.inputs(outcomes), Ask.look)
     except NotKept as why:

@@ -22,8 +22,10 @@ RUNNING_DAYS = 7
 
 def of_versions() -> set[str]:
     """The words by which an outcome tells that a registered version was made from it."""
+    if not stores_exist():
+        return set()
     client, words = MlflowClient(), set()
-    for found in mlflow.search_model_versions() if stores_exist() else []:
+    for found in mlflow.search_model_versions():
         version = client.get_model_version(found.name, str(found.version))  # with its tags
         tags = [version.tags.get(tag, "") for tag in (CONTENT, SHA256)]
         words |= {str(version.source), version.tags.get(EVALUATED_WITH, "")}

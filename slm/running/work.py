@@ -27,7 +27,7 @@ from slm.running.memory import peak_with_children_mb
 log = logging.getLogger("slm.work")
 
 RESULT = "result.json"
-DIGEST = 64  # characters of a SHA-256; what is shorter is shown as it is
+DIGEST = 64  # characters of a SHA-256: what is as long is not shown, what is longer not kept
 
 # Modules that shape how a step is run, but not its outcome: a change to them makes nothing anew.
 APART_FROM_OUTCOMES = ("slm.config", "slm.errors", "slm.records", "slm.running")
@@ -168,7 +168,7 @@ def parts_of(key: Any, prefix: str = "") -> dict[str, Any]:
         named = [(f"{prefix}.{name}" if prefix else str(name), v) for name, v in key.items()]
         return {part: value for name, v in named for part, value in parts_of(v, name).items()}
     value = json.loads(json.dumps(key, default=lambda v: getattr(v, "value", str(v))))
-    return {prefix: value if len(str(value)) < DIGEST else digest_of(value)}
+    return {prefix: value if len(str(value)) <= DIGEST else digest_of(value)}
 
 
 def difference(kind: Path, parts: dict[str, Any], of: dict[str, str], most: int = 3) -> str:
