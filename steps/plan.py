@@ -3,17 +3,16 @@
     mlflow run . --env-manager local -e plan
     python -m steps.plan model=phi-3-mini-4k-instruct summary=plan.json
 
-Each step is asked for its outcome, and none is made: no run, no folder, no weights. A step whose
-input has yet to be made may run, or may not: its input may come out as it was.
+Each step is asked for its outcome, and none is made: no run (but the one that `mlflow run` opens for
+whatever it starts), no folder, no weights. A step whose input has yet to be made may run, or may
+not: its input may come out as it was.
 """
 
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import psutil
 from rich.console import Console
 
@@ -166,10 +165,6 @@ def main(config: Config) -> None:
     planned = plan(config)
     show(planned)
     note(result=asdict(planned))
-    if run_id := os.environ.get("MLFLOW_RUN_ID"):  # `mlflow run` opens one for whatever it starts
-        client = mlflow.MlflowClient()
-        client.set_terminated(run_id)
-        client.delete_run(run_id)
 
 
 if __name__ == "__main__":

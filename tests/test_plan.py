@@ -60,7 +60,7 @@ def test_a_plan_leaves_nothing_behind(packaged: Packaged, tmp_path: Path) -> Non
         return len(packaged.client.search_runs(["1"])), sorted(packaged.folder.rglob("*"))
 
     before, file = left(), tmp_path / "plan.json"
-    process = packaged.mlflow_run("plan", f"overrides={TINY}", f"summary={file}")
+    process = packaged.step("plan", *split_overrides(TINY), f"summary={file}")
     assert process.returncode == 0, process.stderr
     assert "Nothing to do: every outcome is reused" in process.stdout
     assert left() == before

@@ -50,7 +50,7 @@ class Summary:
     error: str = ""
     model: str = ""
     target: str = ""
-    run_id: str = ""
+    run_id: str = field(default_factory=lambda: os.environ.get("MLFLOW_RUN_ID", ""))
     tracking_uri: str = ""
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     duration_s: float = 0.0
