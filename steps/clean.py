@@ -55,7 +55,7 @@ def clean(work: Path, settings: Clean) -> Cleaning:
 
     What has to stay stays, even if the folder remains larger than `max_gb`.
     """
-    versions = set() if settings.registered else of_versions()
+    versions = set() if settings.registered else of_versions(work)
     live = of_live_runs()
     entries = sorted(entries_of(work), key=lambda entry: -entry.unused_days)
     left_gb = sum(entry.gb for entry in entries)

@@ -75,9 +75,9 @@ class Chain:
         run = mlflow.get_run(self.start(link.step, {**self.parameters, **told}))
         record = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/{RESULT}")["outcome"]
         result = from_json(link.outcome, record)
-        seconds, reused = run.data.metrics["duration_s"], run.data.tags["reused"] == "true"
-        note_step(link.step, result, seconds, reused, run.info.run_id)
-        return Child(result, seconds, reused)
+        seconds, why = run.data.metrics["duration_s"], run.data.tags.get("why", "")
+        note_step(link.step, result, seconds, why, run.info.run_id)
+        return Child(result, seconds, reused=not why)
 
     def start(self, step: str, parameters: dict[str, str]) -> str:
         """Run an entry point to its end; return the id of its run."""

@@ -3,9 +3,9 @@
     mlflow run . --env-manager local -e plan
     python -m steps.plan model=phi-3-mini-4k-instruct summary=plan.json
 
-Each step is asked for its outcome, and none is made: no run (but the one that `mlflow run` opens for
-whatever it starts), no folder, no weights. A step whose input has yet to be made may run, or may
-not: its input may come out as it was.
+Each step is asked for its outcome, and none is made: no run (but the one that `mlflow run` opens
+for whatever it starts), no folder, no weights. A step whose input has yet to be made may run, or
+may not: its input may come out as it was.
 """
 
 import shutil

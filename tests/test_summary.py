@@ -34,7 +34,7 @@ def failing(error: BaseException) -> Callable[[Config], object]:
 
 def registering(_: Config) -> None:
     registration = Registration("models:/tiny-chat@champion", "passed", [VERSION], True)
-    note_step("register", registration, 1.5, False, "run-1")
+    note_step("register", registration, 1.5, "never made", "run-1")
 
 
 def ended(
@@ -114,9 +114,9 @@ def test_the_summary_says_what_was_registered(
 def test_nothing_changed_is_said_only_of_what_reused_everything() -> None:
     told = Summary("main")
     assert told.status == "done"
-    told.steps = {"fetch": summary.Done("/a", 1.0, True, "1")}
+    told.steps = {"fetch": summary.Done("/a", 1.0, True, "", "1")}
     assert told.status == "unchanged"
-    told.steps["export_onnx"] = summary.Done("/b", 1.0, False, "2")
+    told.steps["export_onnx"] = summary.Done("/b", 1.0, False, "never made", "2")
     assert told.status == "done"
 
 

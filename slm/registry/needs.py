@@ -11,8 +11,10 @@ from pathlib import Path
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 
 from slm.registry.names import CONTENT, EVALUATED_WITH, SHA256
+from slm.running.work import records
 
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 KEY = re.compile(r"\b[0-9a-f]{16}\b")  # of a folder in the work folder
@@ -20,17 +22,27 @@ KEY = re.compile(r"\b[0-9a-f]{16}\b")  # of a folder in the work folder
 RUNNING_DAYS = 7
 
 
-def of_versions() -> set[str]:
-    """The words by which an outcome tells that a registered version was made from it."""
-    if not stores_exist():
+def of_versions(work: Path) -> set[str]:
+    """The words by which an outcome tells that a registered version was made from it.
+
+    The registered models are those that outcomes of `register` name: Unity Catalog finds versions
+    by name only, and without their tags.
+    """
+    made = [version for r in records(work / "register") for version in r["outcome"]["versions"]]
+    if not made or not stores_exist():
         return set()
     client, words = MlflowClient(), set()
-    for found in mlflow.search_model_versions():
-        version = client.get_model_version(found.name, str(found.version))  # with its tags
-        tags = [version.tags.get(tag, "") for tag in (CONTENT, SHA256)]
-        words |= {str(version.source), version.tags.get(EVALUATED_WITH, "")}
-        words |= set(DIGEST.findall(" ".join(tags)))
-    return words - {""}
+    for name in {version["name"] for version in made}:
+        for found in mlflow.search_model_versions(filter_string=f"name = '{name}'"):
+            words |= words_of(client.get_model_version(name, str(found.version)))
+    return words
+
+
+def words_of(version: ModelVersion) -> set[str]:
+    """The URIs of its logged models, the digests of its content and its weights."""
+    digests = DIGEST.findall(" ".join(version.tags.get(tag, "") for tag in (CONTENT, SHA256)))
+    uris = {str(version.source), version.tags.get(EVALUATED_WITH, "")} - {""}
+    return uris | set(digests)
 
 
 def of_live_runs() -> set[str]:

@@ -74,11 +74,12 @@ def run_step(
         seconds, result = time.monotonic() - start, kept.outcome
         how = "reused" if kept.reused else "done"
         log.info("%s: %s in %.1f s: %s", name, how, seconds, result.uri)
-        mlflow.set_tags({"reused": str(kept.reused).lower(), "key": kept.key})
+        why = {"why": kept.why} if kept.why else {}
+        mlflow.set_tags({"reused": str(kept.reused).lower(), "key": kept.key, **why})
         mlflow.log_metrics({"duration_s": seconds, **numbers(result)})
         publish(result, kept.reused)
         mlflow.log_artifact(str(kept.folder / RESULT))
-    note_step(name, result, seconds, kept.reused, run.info.run_id)
+    note_step(name, result, seconds, kept.why, run.info.run_id)
     return result
 
 

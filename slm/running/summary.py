@@ -33,11 +33,12 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Done:
-    """A step that ended: its outcome's URI, whether it was reused, and its MLflow run."""
+    """A step that ended: its outcome's URI, why it was made (or reused), and its MLflow run."""
 
     uri: str
     duration_s: float
     reused: bool
+    why: str
     run_id: str
 
 
@@ -92,11 +93,11 @@ def note(**facts: Any) -> None:
             setattr(summary, name, value)
 
 
-def note_step(name: str, outcome: Any, duration_s: float, reused: bool, run_id: str) -> None:
-    """Say that a step ended, and what an evaluation or a registration came to."""
+def note_step(name: str, outcome: Any, duration_s: float, why: str, run_id: str) -> None:
+    """Say that a step ended, what an evaluation or a registration came to; `why` as Kept has it."""
     if (summary := CURRENT.get()) is None:
         return
-    summary.steps[name] = Done(outcome.uri, round(duration_s, 3), reused, run_id)
+    summary.steps[name] = Done(outcome.uri, round(duration_s, 3), not why, why, run_id)
     if isinstance(outcome, (Evaluation, Registration)):
         summary.verdict, summary.reasons = outcome.verdict, outcome.reasons
     if isinstance(outcome, Registration):

@@ -51,12 +51,16 @@ class NotKept(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Kept(Generic[T]):
-    """An outcome in its folder, and whether it was there already."""
+    """An outcome in its folder; `why` says why it was made, "" if it was there already."""
 
     outcome: T
     folder: Path
     key: str
-    reused: bool
+    why: str = ""
+
+    @property
+    def reused(self) -> bool:
+        return not self.why
 
 
 def keep(
@@ -93,7 +97,7 @@ def keep(
         result = read_result(folder, outcome)
         if not still_there(result):
             raise NotKept("what it ended with is no longer there, or was not whole")
-        return Kept(result, folder, digest[:16], reused=True)
+        return Kept(result, folder, digest[:16])
 
     if only_kept:
         return reuse()
@@ -103,8 +107,9 @@ def keep(
             kept = reuse()
             touch(kept.folder)
             return kept
-        except NotKept as why:
-            log.info("%s: started, in %s: %s", kind, folder, why)
+        except NotKept as reason:
+            why = str(reason)
+        log.info("%s: started, in %s: %s", kind, folder, why)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         start = time.monotonic()
@@ -116,7 +121,7 @@ def keep(
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    return Kept(result, folder, digest[:16], reused=False)
+    return Kept(result, folder, digest[:16], why)
 
 
 def work_folder(work: str) -> Path:
