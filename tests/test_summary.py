@@ -14,13 +14,21 @@ from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from slm.config import Config
-from slm.errors import InputError, StepError, ToldError, UnreachableError, VerdictError
+from slm.errors import (
+    InputError,
+    StepError,
+    ToldError,
+    UnreachableError,
+    VerdictError,
+    as_user_error,
+)
 from slm.records import RegisteredVersion, Registration
 from slm.running import summary
 from slm.running.command import entry_point
-from slm.running.summary import Summary, note_step
+from slm.running.summary import Summary, note_step, post
 
 VERSION = RegisteredVersion("tiny-chat", "2", "champion")
 
@@ -56,7 +64,6 @@ def ended(
     ("error", "code"),
     [
         (StepError("it cannot"), 1),
-        (ZeroDivisionError("nobody expected it"), 1),
         (InputError("no such folder"), 2),
         (VerdictError("perplexity_ratio is 9"), 3),
         (ToldError("register failed: perplexity_ratio is 9", 3), 3),
@@ -64,19 +71,32 @@ def ended(
         (OSError(errno.ENOSPC, "No space left on device"), 4),
         (PermissionError("/sys/nowhere"), 4),
         (MlflowException("API request to http://host failed"), 4),
-        (KeyboardInterrupt(), 130),
+        (MlflowException("no such run", RESOURCE_DOES_NOT_EXIST), 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
 )
-def test_an_error_has_its_exit_code_and_is_in_the_summary(
-    error: BaseException, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_error_of_the_users_has_an_exit_code(error: BaseException, code: int) -> None:
+    known = as_user_error(error)
+    assert known is not None and known.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "status"),
+    [
+        (ZeroDivisionError("nobody expected it"), 1, "failed"),
+        (VerdictError("perplexity_ratio is 9"), 3, "failed"),
+        (KeyboardInterrupt("interrupted"), 130, "interrupted"),
+    ],
+)
+def test_a_command_that_fails_exits_so_and_leaves_a_summary(
+    error: BaseException, code: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "new" / "summary.json"
     assert ended(failing(error), monkeypatch, f"summary={file}") == code
     found = json.loads(file.read_text())
-    assert found["exit_code"] == code and str(error)[:20] in found["error"]
-    assert found["status"] == ("interrupted" if code == 130 else "failed")
-    assert found["model"] == "smollm2-135m-instruct" and not list(tmp_path.rglob("*.partial"))
+    assert (found["exit_code"], found["status"]) == (code, status)
+    assert str(error) in found["error"] and found["model"] == "smollm2-135m-instruct"
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 @pytest.mark.parametrize(
@@ -160,25 +180,21 @@ def receiver() -> Iterator[Receiver]:
 def test_the_webhook_gets_the_summary_in_the_form_that_it_reads(
     slack: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(summary.WEBHOOK, f"http://{receiver.host}/services/T0/secret")
     if slack == "by host":
         monkeypatch.setattr(summary, "SLACK", receiver.host)
-    elif slack == "by format":
-        monkeypatch.setenv(summary.FORMAT, "slack")
-    assert ended(failing(VerdictError("too far off")), monkeypatch) == 3
+    told = Summary("main", exit_code=3, error="too far off", model="tiny", target="cpu")
+    form = "slack" if slack == "by format" else ""
+    post(told, f"http://{receiver.host}/services/T0/secret", form)
     [body] = receiver.bodies
     if slack == "no":
-        assert body["exit_code"] == 3 and body["entry_point"] == "fetch"
+        assert body["exit_code"] == 3 and body["entry_point"] == "main"
     else:
-        assert list(body) == ["text"] and "failed (exit code 3); too far off" in body["text"]
+        assert body == {"text": "main of tiny for cpu: failed (exit code 3); too far off"}
 
 
 @pytest.mark.parametrize("wrong", ["refuses", "down", "no URL", "no host"])
 def test_a_webhook_that_fails_is_a_warning_without_its_secret(
-    wrong: str,
-    receiver: Receiver,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    wrong: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     receiver.status = 500
     urls = {
@@ -187,19 +203,21 @@ def test_a_webhook_that_fails_is_a_warning_without_its_secret(
         "no URL": "secret",
         "no host": "http:///sec ret/secret",
     }
-    monkeypatch.setenv(summary.WEBHOOK, urls[wrong])
-    assert ended(registering, monkeypatch) == 0
-    said = capsys.readouterr().err
-    assert "the webhook at" in said and "secret" not in said
+    said: list[str] = []
+    monkeypatch.setattr(summary.log, "warning", lambda text, *args: said.append(text % args))
+    post(Summary("main"), urls[wrong], "")
+    assert len(said) == 1 and "the webhook at" in said[0] and "secret" not in said[0]
 
 
-def test_what_a_command_starts_has_no_webhook(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or each step of main would post as well."""
+def test_a_command_posts_once_whatever_it_starts(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps of main inherit its environment."""
     found: list[bool] = []
 
     def step(_: Config) -> None:
         found.append(summary.WEBHOOK in os.environ)
 
-    monkeypatch.setenv(summary.WEBHOOK, "http://127.0.0.1:9/secret")
+    monkeypatch.setenv(summary.WEBHOOK, f"http://{receiver.host}/secret")
     assert ended(step, monkeypatch) == 0
-    assert found == [False]
+    assert found == [False] and len(receiver.bodies) == 1
