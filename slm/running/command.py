@@ -8,6 +8,7 @@ one string, `--overrides "key=value key='a b'"`, or as a JSON list. An empty val
 configured".
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -99,7 +100,8 @@ def entry_point(step: Callable[[Config], object]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         if asked == "1":
             log.exception("composing conf/ failed")
-        ending.goes_to(ending.path or told_summary(sys.argv[1:]), calling_folder())
+        with contextlib.suppress(OSError):
+            ending.goes_to(ending.path or told_summary(sys.argv[1:]), calling_folder())
         summary.error, summary.exit_code = explain(error), InputError.exit_code
         end_run_with_error(name, summary.error, summary.exit_code)
     ending.tell()
