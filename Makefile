@@ -40,6 +40,6 @@ bench: run  ## the packaged models against a bare loop, the checkpoint and peers
 bench-export: $(READY)  ## seconds and memory of exports by size
 	"$(BIN)/python" -m bench.export
 
-clean:  ## remove the outcomes of steps; MLflow's own store stays
+clean:  ## remove the outcomes of steps, but for what a live run uses; MLflow's own store stays
 	@test -x "$(BIN)/python" || { echo "make clean needs $(VENV): make lint sets it up. Or remove the work folder yourself (README)." >&2; exit 1; }
-	"$(BIN)/python" -c "from slm.running.work import clean; clean()"
+	"$(BIN)/python" -m steps.clean clean.older_than_days=0 clean.registered=true

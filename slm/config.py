@@ -136,7 +136,8 @@ class Model:
     `source` is `hf://org/name@revision`, `pypi://package==version/path/in/wheel.gguf` or a local
     folder. `sha256` maps names of files in the source to the digests they must have. Where given,
     `licence` must be what the source states, if it states one; `architecture` and `context_length`
-    (tokens) what config.json says. `gates` replace those of conf/evaluate by metric.
+    (tokens) what config.json says. `parameters` is how many weights there are, for
+    `plan` before the checkpoint is there. `gates` replace those of conf/evaluate by metric.
     """
 
     name: str = MISSING
@@ -144,6 +145,7 @@ class Model:
     licence: str | None = None
     architecture: str | None = None
     context_length: int | None = None
+    parameters: float | None = None
     sha256: dict[str, str] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
 
@@ -324,6 +326,27 @@ class Register:
 
 
 @dataclass
+class Clean:
+    """What `clean` removes of the work folder, the longest unused first.
+
+    Outcomes that nothing used for `older_than_days`, and as many more as keep the folder within
+    `max_gb` (10^9 bytes); null: no bound. What a registered version was made from stays unless
+    `registered`, what a live run uses in any case. `dry_run` only says what would go.
+    """
+
+    older_than_days: float | None = MISSING
+    max_gb: float | None = MISSING
+    registered: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("older_than_days", "max_gb"):
+            value = getattr(self, key)
+            if isinstance(value, (int, float)) and not value >= 0:
+                raise InputError(f"clean.{key} is {value}; it must be at least 0.")
+
+
+@dataclass
 class Paths:
     """`work` holds the outcomes of steps, by content: `<work>/<step>/<key>/`."""
 
@@ -335,7 +358,7 @@ class Config:
     """Everything that a step may read. `source`, `candidate` and `reference` are URIs.
 
     `candidate` may be several, as a list: the interfaces of one ONNX model. `reason` says why to
-    roll back.
+    roll back. `force` names the steps to do again, `summary` the file for how the command ended.
     """
 
     model: Model = field(default_factory=Model)
@@ -344,15 +367,21 @@ class Config:
     log_pyfunc: LogPyfunc = field(default_factory=LogPyfunc)
     evaluate: Evaluate = field(default_factory=Evaluate)
     register: Register = field(default_factory=Register)
+    clean: Clean = field(default_factory=Clean)
     paths: Paths = field(default_factory=Paths)
     source: str | None = None
     candidate: Any = None
     reference: str | None = None
     reason: str | None = None
+    force: Any = None
+    summary: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.candidate, str):
             self.candidate = uris_of(self.candidate)
+        if isinstance(self.force, str):
+            self.force = re.split(r"[,\s]+", self.force.strip())
+        self.force = self.force or []
 
 
 def uris_of(text: str) -> list[str]:

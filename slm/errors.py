@@ -10,43 +10,72 @@ from mlflow.exceptions import MlflowException
 
 
 class UserError(Exception):
-    """The base of the errors that are shown as one line."""
+    """The base of the errors that are shown as one line; a command exits with its `exit_code`."""
+
+    exit_code = 1
 
 
 class InputError(UserError, ValueError):
     """What the user gave (a source, a setting, a file, a URI) is wrong."""
+
+    exit_code = 2
 
 
 class StepError(UserError, RuntimeError):
     """A step cannot do its work, for a reason that it can name."""
 
 
+class VerdictError(StepError):
+    """A model failed its evaluation."""
+
+    exit_code = 3
+
+
 class ToldError(StepError):
-    """A step failed in a process of its own, and printed why."""
+    """A step failed in a process of its own, which printed why, and exited with `exit_code`."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
-class UnreachableError(UserError, ConnectionError):
+class InfrastructureError(UserError):
+    """What the run stands on failed it; run again once it is mended, and what was done is kept."""
+
+    exit_code = 4
+
+
+class UnreachableError(InfrastructureError, ConnectionError):
     """A server (the model hub, the tracking server, the package index) does not answer."""
+
+
+def as_user_error(error: BaseException) -> UserError | None:
+    """The error as one for the user, with its cure; None for an error that nobody expected."""
+    if isinstance(error, UserError):
+        return error
+    text, number = one_line(error), getattr(error, "errno", None)
+    if number == errno.ENOSPC or "No space left on device" in text:
+        return InfrastructureError(
+            f"the disk is full ({text}). Free space there, or set paths.work to a folder with more."
+        )
+    if isinstance(error, PermissionError) or number == errno.EROFS:
+        return InfrastructureError(
+            f"cannot write ({text}). Set paths.work to a folder that you may write to."
+        )
+    if isinstance(error, MlflowException):
+        if error.error_code != "INTERNAL_ERROR":
+            return StepError(f"MLflow refuses: {text}")
+        if "API request to" in text or "Max retries exceeded" in text:
+            return UnreachableError(
+                f"the tracking server stopped answering: {text[:300]}. Run it again."
+            )
+    return None
 
 
 def words_for(error: BaseException) -> str | None:
     """The error in one line with its cure; None for an error that nobody expected."""
-    text = one_line(error)
-    number = getattr(error, "errno", None)
-    if isinstance(error, UserError):
-        return text
-    if number == errno.ENOSPC or "No space left on device" in text:
-        return (
-            f"the disk is full ({text}). Free space there, or set paths.work to a folder with more."
-        )
-    if isinstance(error, PermissionError) or number == errno.EROFS:
-        return f"cannot write ({text}). Set paths.work to a folder that you may write to."
-    if isinstance(error, MlflowException):
-        if error.error_code != "INTERNAL_ERROR":
-            return f"MLflow refuses: {text}"
-        if "API request to" in text or "Max retries exceeded" in text:
-            return f"the tracking server stopped answering: {text[:300]}. Run it again."
-    return None
+    found = as_user_error(error)
+    return None if found is None else one_line(found)
 
 
 def one_line(error: BaseException) -> str:

@@ -49,12 +49,15 @@ from slm.registry.names import (
 )
 from slm.running.command import entry_point
 from slm.running.run import run_step
+from slm.running.tracking import shown_tracking_uri
 from slm.running.work import versions
 
 
 def evaluate(inputs: Inputs, conditions: str, config: Config, folder: Path) -> Evaluation:
     """Measure, judge, and write the report."""
-    measured = measure_all(inputs, config.evaluate, conditions, config.paths.work)
+    measured = measure_all(
+        inputs, config.evaluate, conditions, config.paths.work, again="evaluate" in config.force
+    )
     candidate, reference, champion = measured.candidate, measured.reference, measured.champion
     for found in (candidate, reference, champion):
         found.metrics |= accuracy(inputs.prompts, found.answers) if found.answers else {}
@@ -246,7 +249,7 @@ def main(config: Config) -> Evaluation:
             "conditions": conditions,
             "remeasure_champion": config.evaluate.remeasure_champion,
             "gates": {name: asdict(gate) for name, gate in gates_of(config).items()},
-            "tracking": mlflow.get_tracking_uri(),
+            "tracking": shown_tracking_uri(),
         },
         make=lambda folder: evaluate(inputs, conditions, config, folder),
         still_there=is_complete,

@@ -64,7 +64,7 @@ def main(config: Config) -> Checkpoint:
     expected = {
         name: value
         for name, value in asdict(config.model).items()
-        if name not in ("source", "gates")
+        if name not in ("source", "gates", "parameters")
     }
     return run_step(
         "fetch",

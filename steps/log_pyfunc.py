@@ -34,7 +34,7 @@ from slm.proof import prove
 from slm.records import LoggedModel, LoggedModels
 from slm.running.command import entry_point
 from slm.running.run import run_step
-from slm.running.tracking import local_path, logged_model_exists
+from slm.running.tracking import local_path, logged_model_exists, shown_tracking_uri
 from slm.running.work import versions, work_folder
 from slm_pyfunc.parameters import AT_LOAD
 from slm_pyfunc.settings import Settings
@@ -192,7 +192,7 @@ def main(config: Config) -> LoggedModels:
             "onnx": provenance.identity,
             "packaging": asdict(packaging),
             "ships": digest_files(PACKAGE),
-            "tracking": mlflow.get_tracking_uri(),
+            "tracking": shown_tracking_uri(),
         },
         make=lambda _: log_pyfunc(onnx, provenance, packaging, config.paths.work),
         still_there=all_exist,

@@ -23,7 +23,7 @@ from slm.digests import (
 from slm.records import LoggedModel, LoggedModels
 from slm.running.command import entry_point
 from slm.running.run import run_step
-from slm.running.tracking import local_path, logged_model_exists
+from slm.running.tracking import local_path, logged_model_exists, shown_tracking_uri
 from slm.running.work import versions
 from slm_pyfunc.signatures import QUESTION
 
@@ -99,7 +99,7 @@ def main(config: Config) -> LoggedModels:
         key={
             "checkpoint": provenance.identity,
             "model": config.model.name,
-            "tracking": mlflow.get_tracking_uri(),
+            "tracking": shown_tracking_uri(),
             "versions": versions(*LIBRARIES),
         },
         make=lambda _: log_transformers(checkpoint, provenance, config.model.name),

@@ -4,14 +4,13 @@ mlflow run . --env-manager local
 python -m steps.main model=phi-3-mini-4k-instruct target=cuda-int4-rtn-block-32
 """
 
-import importlib
 import json
 import logging
 import shlex
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,13 @@ from mlflow.exceptions import ExecutionException
 from slm.config import ROOT, Config
 from slm.errors import StepError, ToldError, UserError
 from slm.evaluation.summary import show
-from slm.records import (
-    Checkpoint,
-    Evaluation,
-    LoggedModels,
-    OnnxModel,
-    Registration,
-    from_json,
-)
+from slm.records import from_json
+from slm.running.chain import PIPELINE, Link, kept
 from slm.running.command import entry_point
-from slm.running.run import ONLY_KEPT
+from slm.running.run import Ask
+from slm.running.summary import note_step
 from slm.running.tracking import mlflow_run, shown, store_variables
-from slm.running.work import NotKept, Outcome, T, enum_value, work_folder
+from slm.running.work import RESULT, NotKept, enum_value, work_folder
 
 log = logging.getLogger("slm.main")
 
@@ -42,7 +36,7 @@ log = logging.getLogger("slm.main")
 class Child:
     """A step that ran as a child run: its outcome, how long it took, and whether it was reused."""
 
-    outcome: Outcome
+    outcome: Any
     duration_s: float
     reused: bool
 
@@ -59,39 +53,31 @@ class Chain:
     def nothing_changed(self) -> bool:
         return all(child.reused for child in self.children.values())
 
-    def run(self, step: str, outcome: type[T], **inputs: str) -> T:
-        """Run a step, and return its outcome; ToldError with the step's own error if it fails.
+    def run(self, link: Link) -> None:
+        """Run a step, or reuse its outcome; ToldError with the step's own error if it fails.
 
         StepError if it fails without a word: if it was killed, say.
         """
-        log.info("main: step %d: %s", len(self.children) + 1, step)
+        log.info("main: step %d of %d: %s", len(self.children) + 1, len(PIPELINE), link.step)
         start = time.monotonic()
-        if (kept := self.reuse(step, inputs)) is not None:
-            self.children[step] = Child(kept, time.monotonic() - start, reused=True)
-            return kept
-        run_id = self.start(step, {**self.parameters, **inputs})
-        run = mlflow.get_run(run_id)
-        record = mlflow.artifacts.load_dict(f"runs:/{run_id}/result.json")["outcome"]
-        result = from_json(outcome, record)
-        reused = run.data.tags["reused"] == "true"
-        self.children[step] = Child(result, run.data.metrics["duration_s"], reused)
-        return result
-
-    def reuse(self, step: str, inputs: dict[str, Any]) -> Any:
-        """What a step is known to end with, without a process of its own; None if it has to run."""
-        config, words = replace(self.config, **inputs), logging.getLogger("slm")
-        level = words.level
-        ONLY_KEPT.set(True)
-        words.setLevel(logging.WARNING)  # what is said while asking, the step will say
+        inputs = link.inputs({step: child.outcome for step, child in self.children.items()})
         try:
-            outcome = importlib.import_module(f"steps.{step}").main(config)
+            result = kept(link.step, self.config, inputs, Ask.reuse)
         except (NotKept, UserError):
-            return None
-        finally:
-            ONLY_KEPT.set(False)
-            words.setLevel(level)
-        log.info("main: %s is reused: %s", step, outcome.uri)
-        return outcome
+            self.children[link.step] = self.child(link, inputs)
+        else:
+            log.info("main: %s is reused: %s", link.step, result.uri)
+            self.children[link.step] = Child(result, time.monotonic() - start, reused=True)
+
+    def child(self, link: Link, inputs: dict[str, Any]) -> Child:
+        """Run a step in a process of its own, and read what it left in its MLflow run."""
+        told = {k: v if isinstance(v, str) else json.dumps(v) for k, v in inputs.items()}
+        run = mlflow.get_run(self.start(link.step, {**self.parameters, **told}))
+        record = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/{RESULT}")["outcome"]
+        result = from_json(link.outcome, record)
+        seconds, why = run.data.metrics["duration_s"], run.data.tags.get("why", "")
+        note_step(link.step, result, seconds, why, run.info.run_id)
+        return Child(result, seconds, reused=not why)
 
     def start(self, step: str, parameters: dict[str, str]) -> str:
         """Run an entry point to its end; return the id of its run."""
@@ -115,31 +101,24 @@ class Chain:
                 order_by=["attributes.start_time DESC"],
                 max_results=1,
             )
-            if children and (reason := children[0].data.tags.get("error")):
-                raise ToldError(f"{step} failed: {reason}") from error
+            tags = children[0].data.tags if children else {}
+            if reason := tags.get("error"):
+                code = int(tags.get("exit_code", StepError.exit_code))
+                raise ToldError(f"{step} failed: {reason}", code) from error
             raise StepError(f"{step} failed: {error}") from error
 
 
-def package(chain: Chain) -> tuple[Evaluation, Registration]:
-    """The way of a model from its source to the registry."""
-    checkpoint = chain.run("fetch", Checkpoint)
-    onnx = chain.run("export_onnx", OnnxModel, source=checkpoint.uri)
-    candidates = chain.run("log_pyfunc", LoggedModels, source=onnx.uri)
-    reference = chain.run("log_transformers", LoggedModels, source=checkpoint.uri)
-    evaluation = chain.run(
-        "evaluate", Evaluation, candidate=json.dumps(candidates.uris), reference=reference.uri
-    )
-    registration = chain.run("register", Registration, source=evaluation.uri)
-    return evaluation, registration
-
-
 def overrides_for_children() -> list[str]:
-    """The overrides of this command, but for model and target, which children get by name."""
+    """The overrides of this command, without model and target, which children get by name.
+
+    Nor are they told of the summary: this command writes it.
+    """
     hydra = HydraConfig.get()
     search_path = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
     own_conf = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     search_path += [f"hydra.searchpath=[file://{path}]" for path in own_conf]
-    own = [o for o in hydra.overrides.task if not o.startswith(("model=", "target="))]
+    not_theirs = ("model=", "target=", "summary=")
+    own = [o for o in hydra.overrides.task if not o.startswith(not_theirs)]
     return [*search_path, *own]
 
 
@@ -171,7 +150,11 @@ def main(config: Config) -> None:
     chain = Chain(config, choices["model"], choices["target"], overrides_for_children())
     with mlflow_run("main"):
         mlflow.log_params({"model.name": config.model.name, "target.name": config.target.name})
-        evaluation, registration = package(chain)
+        for link in PIPELINE:
+            chain.run(link)
+        evaluation, registration = (
+            chain.children[step].outcome for step in ("evaluate", "register")
+        )
         mlflow.set_tags({"verdict": evaluation.verdict, "registered": registration.uri})
         mlflow.log_metrics(
             {f"{step}.duration_s": child.duration_s for step, child in chain.children.items()}

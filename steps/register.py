@@ -21,7 +21,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from slm.config import Config, Register
-from slm.errors import StepError
+from slm.errors import StepError, VerdictError
 from slm.records import Evaluation, LoggedModel, RegisteredVersion, Registration
 from slm.registry.names import CHALLENGER, CHAMPION, aliases_of
 from slm.registry.promotion import drop_challenger, nominate, settle
@@ -29,7 +29,7 @@ from slm.registry.turns import turn
 from slm.registry.versions import entry_of, make_registered_models, prove_versions, version_of
 from slm.running.command import entry_point
 from slm.running.run import run_step
-from slm.running.tracking import local_path
+from slm.running.tracking import local_path, shown
 
 log = logging.getLogger("slm.register")
 
@@ -37,12 +37,12 @@ log = logging.getLogger("slm.register")
 def register(evaluation: Evaluation, settings: Register, holder: str) -> Registration:
     """Make a version of each model, unless there is one; promote them, or say why not.
 
-    `holder` names this run among all that want to write. Raises StepError after a failed verdict,
-    or if a version does not answer.
+    `holder` names this run among all that want to write. Raises VerdictError after a failed
+    verdict, StepError if a version does not answer.
     """
     reasons = evaluation.reasons
     if evaluation.verdict == "failed" and not settings.failed:
-        raise StepError(f"not registered, the evaluation failed: {'; '.join(reasons)}.")
+        raise VerdictError(f"not registered, the evaluation failed: {'; '.join(reasons)}.")
     client = MlflowClient()
     models = [LoggedModel.load(uri) for uri in (*evaluation.candidates, evaluation.reference)]
     entries = [entry_of(model, evaluation, settings) for model in models]
@@ -119,7 +119,7 @@ def main(config: Config) -> Registration:
         key={
             "evaluation": evaluation.json(),
             "register": asdict(config.register),
-            "registry": mlflow.get_registry_uri(),
+            "registry": shown(mlflow.get_registry_uri()),
         },
         make=make,
         still_there=is_registered,

@@ -33,6 +33,7 @@ from slm.registry.names import (
 )
 from slm.registry.turns import turn
 from slm.running.command import entry_point
+from slm.running.summary import note
 from slm.running.tracking import log_parameters, mlflow_run
 
 log = logging.getLogger("slm.rollback")
@@ -185,6 +186,7 @@ def main(config: Config) -> None:
         result = rollback(names, request, run.info.run_id)
         mlflow.set_tags({"reason": result.tag, "restored": result.uri})
         mlflow.log_dict({"outcome": asdict(result)}, "result.json")
+        note(result=asdict(result))
 
 
 if __name__ == "__main__":

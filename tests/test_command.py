@@ -135,18 +135,22 @@ def test_a_wrong_configuration_leaves_the_mlflow_run_failed_with_that_line(
     [run] = project.client.search_runs(["1"])
     assert run.info.status == "FAILED"
     assert "unknown key 'evaluate.repeat'" in run.data.tags["error"]
+    assert run.data.tags["exit_code"] == "2"
 
 
 def test_a_name_that_mlflow_refuses_is_refused_at_once(project: Project) -> None:
     process = project.step("fetch", "model.name=a/b")
-    assert process.returncode == 1
+    assert process.returncode == 2
     words = "fetch: model.name is 'a/b'; it must be letters, digits, dots, _ and -."
     assert process.stderr.strip() == words
 
 
 def test_an_undeclared_parameter_is_refused_with_the_valid_ones(project: Project) -> None:
     process = project.mlflow_run("fetch", "colour=red")
-    assert "fetch has no parameter 'colour'; valid: model, target, overrides" in process.stderr
+    assert (
+        "fetch has no parameter 'colour'; valid: model, target, force, summary, overrides"
+        in process.stderr
+    )
 
 
 def test_help_and_cfg_are_hydras(project: Project) -> None:

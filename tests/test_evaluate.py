@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from slm.config import Baseline, Evaluate, Gate
-from slm.errors import InputError
+from slm.errors import InputError, VerdictError
 from slm.evaluation.data import read_prompts, read_texts
 from slm.evaluation.fidelity import (
     Blocks,
@@ -548,7 +548,7 @@ def test_a_failed_verdict_names_its_gate_and_is_not_registered(
     assert evaluation.reasons[0].startswith("perplexity_ratio is 1.")
     assert "above 1 by" in evaluation.reasons[0]
     process = packaged.step("register", f"source={evaluation.uri}")
-    assert process.returncode == 1
+    assert process.returncode == VerdictError.exit_code
     assert "register: not registered, the evaluation failed: perplexity_ratio is" in process.stderr
     assert len(packaged.client.search_model_versions()) == versions
 

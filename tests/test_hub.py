@@ -14,7 +14,10 @@ from huggingface_hub import constants
 
 from slm.errors import InputError, UnreachableError
 from slm.evaluation.data import read_texts
-from tests.conftest import Project, composed
+from slm.running.chain import kept
+from slm.running.run import Ask
+from slm.running.work import NotKept
+from tests.conftest import Project, composed, tracking
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 
@@ -25,6 +28,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = files
+        self.commit = COMMIT  # what a branch points at
         self.requests: list[tuple[str, str, str | None]] = []
         self.tokens: set[str | None] = set()
         self.cut_off_at: list[int] = []  # bytes, one for each answer to come
@@ -49,9 +53,11 @@ class Handler(BaseHTTPRequestHandler):
         self.server.tokens.add(self.headers.get("Authorization"))
         if path.startswith("/api/models/acme/tiny/revision/"):
             self.answer(self.model_info())
-        elif path.startswith(f"/api/models/acme/tiny/tree/{COMMIT}"):
+        elif path.startswith(f"/api/models/acme/tiny/tree/{self.server.commit}"):
             self.answer([self.tree_entry(sibling) for sibling in self.model_info()["siblings"]])
-        elif path.startswith((f"/acme/tiny/resolve/{COMMIT}/", "/datasets/acme/texts/resolve/v1/")):
+        elif path.startswith(
+            (f"/acme/tiny/resolve/{self.server.commit}/", "/datasets/acme/texts/resolve/v1/")
+        ):
             self.file(path.rsplit("/", 1)[1], body)
         else:
             self.send_response(404)
@@ -66,14 +72,19 @@ class Handler(BaseHTTPRequestHandler):
                 sibling["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 1}
             siblings.append(sibling)
         card = {"license": "apache-2.0"}
-        return {"id": "acme/tiny", "sha": COMMIT, "siblings": siblings, "cardData": card}
+        return {
+            "id": "acme/tiny",
+            "sha": self.server.commit,
+            "siblings": siblings,
+            "cardData": card,
+        }
 
     def file(self, name: str, body: bool) -> None:
         content = self.server.files[name]
         start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.server.commit)
         self.send_header("Content-Length", str(len(content) - start))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -144,6 +155,28 @@ def test_a_branch_is_pinned_to_its_commit_and_only_the_needed_files_come(
     assert not [path for _, path, _ in hub.requests if path.endswith((".bin", ".py", "README.md"))]
 
 
+def test_a_branch_that_moved_makes_anew_only_what_depends_on_it(at_hub: Project, hub: Hub) -> None:
+    def logged() -> tuple[str, str]:
+        checkpoint = at_hub.call("fetch", *TINY)
+        logged = at_hub.call("log_transformers", *TINY, f"source={checkpoint.uri}")
+        return checkpoint.revision, logged.uri
+
+    first = logged()
+    hub.commit, hub.files["README.md"], hub.requests = "b" * 40, b"another readme", []
+    with (
+        pytest.raises(NotKept, match=f"source.revision: {COMMIT} → {hub.commit}"),
+        tracking(at_hub),
+    ):
+        work = f"paths.work={at_hub.folder / 'work'}"
+        kept("fetch", composed(*TINY, work), {}, Ask.look)
+    second = logged()
+    assert second == (hub.commit, first[1])
+    assert not [p for verb, p, _ in hub.requests if verb == "GET" and p.endswith(".safetensors")]
+    template = hub.files["chat_template.jinja"]
+    hub.commit, hub.files["chat_template.jinja"] = "c" * 40, template + b"{# another #}"
+    assert logged()[1] != second[1]
+
+
 def test_the_token_is_sent_but_never_logged(project: Project, hub: Hub) -> None:
     process = in_process(project, hub, HF_TOKEN="hf_secretsecretsecret")
     assert process.returncode == 0, process.stderr
@@ -196,7 +229,7 @@ def test_a_file_that_differs_from_the_hubs_digest_is_refused(
 def test_no_network_to_the_hub_is_one_clear_line(project: Project, hub: Hub) -> None:
     hub.server_close()
     process = in_process(project, hub)
-    assert process.returncode == 1
+    assert process.returncode == 4
     [line] = [x for x in process.stderr.splitlines() if x.startswith("fetch: ")]
     assert "the model hub cannot be reached for hf://acme/tiny" in line
 

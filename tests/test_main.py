@@ -130,8 +130,11 @@ def test_the_report_that_is_printed_is_there(packaged: Packaged) -> None:
 
 def test_a_second_run_reuses_everything_and_adds_no_version(packaged: Packaged) -> None:
     before = len(packaged.client.search_model_versions(f"name = '{MODEL}-{TARGET}-prompt'"))
-    process = packaged.mlflow_run("main", f"overrides={TINY}")
+    file = packaged.folder / "summary.json"
+    process = packaged.mlflow_run("main", f"overrides={TINY} summary={file}")
     assert process.returncode == 0, process.stderr[-2000:]
+    told = json.loads(file.read_text())
+    assert (told["status"], told["verdict"], list(told["steps"])) == ("unchanged", "passed", STEPS)
     assert process.stdout.count("reused ") == len(STEPS), process.stdout[:1500]
     assert "Nothing changed" in process.stdout
     assert process.stderr.count("=== Running command") == 1  # main's own: no step had a process
@@ -150,8 +153,9 @@ def test_the_same_content_makes_no_second_version_without_the_work_folder(
 
 
 def test_main_stops_at_the_first_failure_with_that_steps_error(project: Project) -> None:
+    file = project.folder / "summary.json"
     overrides = "overrides=model.source=/no/such/folder model.name=mine"
-    process = project.mlflow_run("main", overrides)
+    process = project.mlflow_run("main", overrides, f"summary={file}")
     assert process.returncode == 1
     assert "\nfetch: model.source=/no/such/folder: no such folder." in process.stderr
     for once in ("no such folder.", "does not apply"):
@@ -160,6 +164,10 @@ def test_main_stops_at_the_first_failure_with_that_steps_error(project: Project)
     runs = project.client.search_runs(["1"])
     assert len(runs) == 2 and {run.info.status for run in runs} == {"FAILED"}
     assert all("no such folder" in run.data.tags["error"] for run in runs)
+    assert {run.data.tags["exit_code"] for run in runs} == {"2"}  # that of the step
+    told = json.loads(file.read_text())
+    assert (told["entry_point"], told["exit_code"]) == ("main", 2)
+    assert told["run_id"] in [run.info.run_id for run in runs]
     assert not project.client.search_registered_models()
 
 

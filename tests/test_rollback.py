@@ -128,7 +128,7 @@ def test_nothing_to_go_back_to_changes_nothing(registry: Generations) -> None:
 
 def test_a_model_without_a_champion_is_one_clear_line(registry: Generations) -> None:
     process = registry.step("rollback", "target=cuda-fp16")
-    assert process.returncode == 1
+    assert process.returncode == 2
     names = f"{MODEL}-cuda-fp16-chat or {MODEL}-cuda-fp16-prompt"
     words = f"rollback: the registry has no champion of {names}."
     assert process.stderr.splitlines()[-1].startswith(words)

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import psutil
@@ -14,7 +16,7 @@ from slm.digests import digest_files
 from slm.errors import words_for
 from slm.running.run import run_step
 from slm.running.tracking import absolute_uri
-from slm.running.work import code_digests
+from slm.running.work import NotKept, code_digests, keep
 from tests.conftest import Project, composed, tracking
 
 
@@ -36,8 +38,8 @@ class Writer:
         (folder / "letter" / "text").write_text(self.text)
         return Letter(str(folder / "letter"), digest_files(folder / "letter"))
 
-    def run(self, there: bool = True) -> Letter:
-        config = composed(f"paths.work={self.project.folder / 'work'}")
+    def run(self, *overrides: str, there: bool = True) -> Letter:
+        config = composed(f"paths.work={self.project.folder / 'work'}", *overrides)
         with tracking(self.project):
             return run_step(
                 "letter",
@@ -73,6 +75,69 @@ def test_an_outcome_that_is_no_longer_there_is_made_anew(project: Project) -> No
     writer.run()
     writer.run(there=False)
     assert writer.count == 2
+
+
+def test_a_step_that_is_forced_is_made_again(project: Project) -> None:
+    writer = Writer(project)
+    assert writer.run() == writer.run("force=letter") == writer.run("force=[letter,fetch]")
+    assert writer.run("force=fetch") and writer.count == 3
+
+
+def reason(work: Path, key: dict[str, Any], again: bool = False, there: bool = True) -> str:
+    """Why an outcome is not kept, "" if it is; it is kept from then on."""
+
+    def make(folder: Path) -> Letter:
+        (folder / "text").write_text("hello")
+        return Letter(str(folder), {})
+
+    asked = partial(keep, "letter", str(work), Letter, key=key, module="slm.digests", make=make)
+    try:
+        asked(only_kept=True, again=again, still_there=lambda _: there)
+    except NotKept as why:
+        asked()
+        return str(why)
+    return ""
+
+
+def test_the_reason_is_what_differs_from_the_nearest_outcome(tmp_path: Path) -> None:
+    first: dict[str, Any] = {"target": {"int8": [], "name": "cpu"}, "onnx": "1", "text": "a" * 99}
+    assert reason(tmp_path, first) == "never made"
+    assert reason(tmp_path, first) == ""
+    second = first | {"target": {"int8": ["v_proj"], "name": "cpu"}}
+    assert reason(tmp_path, second) == "target.int8: [] → ['v_proj']"
+    third = second | {"onnx": "2", "torch": "3"}
+    assert reason(tmp_path, third) == "onnx: 1 → 2; torch: none → 3"
+    assert reason(tmp_path, third | {"text": "b" * 99}) == "text changed"
+    assert reason(tmp_path, {"torch": "4"}).endswith("onnx: 2 → none and 2 more")
+
+
+def test_the_reason_may_be_what_became_of_the_outcome(tmp_path: Path) -> None:
+    reason(tmp_path, {})
+    assert reason(tmp_path, {}, again=True) == "asked for again"
+    assert reason(tmp_path, {}, there=False).startswith("what it ended with is no longer there")
+    [text] = tmp_path.glob("letter/*/text")
+    text.write_text("tampered")
+    assert reason(tmp_path, {}) == f"{text.parent} changed since it was made"
+
+
+def test_to_ask_for_what_is_kept_leaves_no_trace(tmp_path: Path) -> None:
+    with pytest.raises(NotKept):
+        keep(
+            "letter",
+            str(tmp_path / "work"),
+            Letter,
+            key={},
+            module=__name__,
+            make=lambda _: Letter("", {}),
+            only_kept=True,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_file_of_code_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason(tmp_path, {})
+    monkeypatch.setattr("slm.running.work.digest_file", lambda path: path.name)
+    assert reason(tmp_path, {}) == "slm/digests.py changed"
 
 
 def test_a_step_that_broke_off_is_begun_anew(project: Project) -> None:
@@ -159,7 +224,7 @@ def test_an_unreachable_tracking_server_is_one_line_with_the_cure(project: Proje
     command = [sys.executable, "-m", "steps.fetch"]
     uri = "http://user:secret@127.0.0.1:9"
     process = project.run(command, MLFLOW_TRACKING_URI=uri)
-    assert process.returncode == 1
+    assert process.returncode == 4
     [line] = process.stderr.strip().splitlines()
     assert line.startswith("fetch: the tracking server http://127.0.0.1:9 cannot be reached")
     assert line.endswith("Start it, or set MLFLOW_TRACKING_URI.")
@@ -167,5 +232,5 @@ def test_an_unreachable_tracking_server_is_one_line_with_the_cure(project: Proje
 
 def test_a_work_folder_that_cannot_be_written_is_one_line_with_the_cure(project: Project) -> None:
     process = project.step("fetch", "paths.work=/sys/nowhere")
-    assert process.returncode == 1
+    assert process.returncode == 4
     assert "Set paths.work to a folder" in process.stderr.splitlines()[-1]

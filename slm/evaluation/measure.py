@@ -119,8 +119,10 @@ class Measuring:
             return run_worker(model, self.request, Path(scratch), only_load=True).found
 
 
-def measure_all(inputs: Inputs, settings: Evaluate, conditions: str, work: str) -> Measurements:
-    """Measure the reference, the candidate and the champion."""
+def measure_all(
+    inputs: Inputs, settings: Evaluate, conditions: str, work: str, again: bool = False
+) -> Measurements:
+    """Measure the reference, the candidate and the champion; `again`, the first two in any case."""
     measuring = Measuring(request_of(inputs, settings), conditions, work)
     candidate = inputs.candidates[0]
     if candidate.execution_provider != "cpu":  # before minutes are spent on the checkpoint
@@ -129,9 +131,9 @@ def measure_all(inputs: Inputs, settings: Evaluate, conditions: str, work: str) 
         if tried.unavailable:
             return Measurements(tried, Found(), Found())
     log.info("measuring the checkpoint %s", inputs.reference.uri)
-    reference = measuring.measure(inputs.reference)
+    reference = measuring.measure(inputs.reference, again=again)
     log.info("measuring the candidate %s", candidate.uri)
-    found = measuring.measure(candidate, reference).found
+    found = measuring.measure(candidate, reference, again).found
     champion = Found()
     if inputs.champion:
         champion = measure_champion(

@@ -9,14 +9,15 @@ import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any
 
 from slm.config import Precision, Target
 from slm.errors import StepError
 
-Save = Callable[[ir.Model, Path], None]
+if TYPE_CHECKING:  # it takes a third of a second, also where an export is reused
+    import onnx_ir as ir
+
+Save = Callable[["ir.Model", Path], None]
 
 
 def make(

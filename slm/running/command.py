@@ -8,9 +8,11 @@ one string, `--overrides "key=value key='a b'"`, or as a JSON list. An empty val
 configured".
 """
 
+import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -26,10 +28,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from slm.config import CONF, ROOT, Config
-from slm.errors import InputError, ToldError, UserError, one_line, words_for
+from slm.errors import InputError, ToldError, UserError, as_user_error, one_line
+from slm.running.chain import PIPELINE
 from slm.running.hydra_errors import explain
 from slm.running.logs import set_up_logging
-from slm.running.tracking import end_run_with_error, environment, settle_tracking
+from slm.running.summary import INTERRUPTED, Ending
+from slm.running.tracking import (
+    calling_folder,
+    end_run_with_error,
+    environment,
+    settle_tracking,
+    shown_tracking_uri,
+)
 
 log = logging.getLogger("slm.command")
 
@@ -39,27 +49,34 @@ HYDRA_FLAGS = (
     "help hydra-help version cfg resolve package run multirun shell-completion config-path"
 )
 HYDRA_FLAGS += " config-name config-dir experimental-rerun info"
+# Parameters of every entry point besides those in MLproject; `mlflow run -P` passes them on.
+COMMON = ["force", "summary"]
+ALIASES = {"json": "summary"}
 
 
 def entry_point(step: Callable[[Config], object]) -> None:
-    """Run `step` as a command: compose conf/, call it, and end the MLflow run.
+    """Run `step` as a command: compose conf/, call it, and end the MLflow run and the summary.
 
-    A failure is one line on stderr and the tag `error` on the run. A traceback comes before the
-    line if nobody expected the error, or if HYDRA_FULL_ERROR=1. Exits with 1 if the step failed, 2
-    if the command line or conf/ is wrong, 130 on Ctrl-C.
+    A failure is one line on stderr and the tags `error` and `exit_code` of the run. A traceback
+    comes before the line if nobody expected the error, or if HYDRA_FULL_ERROR=1. Exits with the
+    `exit_code` of the error (slm/errors.py), 2 if the command line or conf/ is wrong, 1 if nobody
+    expected the error, 130 on Ctrl-C.
     """
     name = Path(sys.argv[0]).stem
     set_up_logging()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     asked = os.environ.get(FULL_ERRORS, "0")
-    exit_code = 0
+    ending = Ending(name)
+    summary = ending.summary
 
     @hydra_main(version_base="1.3", config_path=str(CONF), config_name="config")
     def composed(config: DictConfig) -> None:
-        nonlocal exit_code
         try:
             with environment({FULL_ERRORS: asked}):  # what the step starts has errors of its own
+                ending.goes_to(config.summary, calling_folder())
                 values = typed(config)
+                summary.model, summary.target = values.model.name, values.target.name
+                summary.tracking_uri = shown_tracking_uri()
                 hydra = HydraConfig.get()
                 dropped = heed_another_source(
                     values, hydra.overrides.task, hydra.runtime.choices["model"]
@@ -71,22 +88,24 @@ def entry_point(step: Callable[[Config], object]) -> None:
         except OmegaConfBaseException:
             raise
         except Exception as error:  # here, so that the other jobs of a --multirun go on
-            report(name, error, asked == "1")
-            exit_code = 1
+            summary.error, summary.exit_code = report(name, error, asked == "1")
 
     try:
         sys.argv[1:] = hydra_arguments(name, sys.argv[1:])
         with environment({FULL_ERRORS: "1"}):
             composed()
     except KeyboardInterrupt:
-        end_run_with_error(name, "interrupted", status="KILLED")
-        exit_code = 130
+        summary.error, summary.exit_code = "interrupted", INTERRUPTED
+        end_run_with_error(name, summary.error, summary.exit_code, status="KILLED")
     except (HydraException, OmegaConfBaseException) as error:
         if asked == "1":
             log.exception("composing conf/ failed")
-        end_run_with_error(name, explain(error))
-        exit_code = 2
-    sys.exit(exit_code)
+        with contextlib.suppress(OSError):
+            ending.goes_to(ending.path or told_summary(sys.argv[1:]), calling_folder())
+        summary.error, summary.exit_code = explain(error), InputError.exit_code
+        end_run_with_error(name, summary.error, summary.exit_code)
+    ending.tell()
+    sys.exit(summary.exit_code)
 
 
 def typed(config: DictConfig) -> Config:
@@ -98,6 +117,9 @@ def typed(config: DictConfig) -> Config:
             raise
         raise InputError(str(error)) from error
     assert isinstance(values, Config)
+    steps = [link.step for link in PIPELINE]
+    if unknown := sorted(set(values.force) - set(steps)):
+        raise InputError(f"force={','.join(unknown)} is no step; valid: {', '.join(steps)}.")
     settle_tracking()
     return values
 
@@ -105,10 +127,10 @@ def typed(config: DictConfig) -> Config:
 def heed_another_source(config: Config, overrides: list[str], chosen: str) -> list[str]:
     """If `model.source` is overridden, drop what the file of the `chosen` model says of its source.
 
-    The digests, whose files are returned, go in any case, and the licence, architecture and context
-    length unless `model.name` says that this is a copy of the chosen model; what is overridden
-    stays. Raises InputError without `model.name`: the checkpoint would be registered as the chosen
-    model, and could become its champion.
+    The digests, whose files are returned, go in any case, and the licence, architecture, context
+    length and parameters unless `model.name` says that this is a copy of the chosen model; what is
+    overridden stays. Raises InputError without `model.name`: the checkpoint would be registered as
+    the chosen model, and could become its champion.
     """
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
     if "model.source" not in given:
@@ -119,7 +141,7 @@ def heed_another_source(config: Config, overrides: list[str], chosen: str) -> li
             f"model.name={chosen} if it is a copy of that model."
         )
     if config.model.name != chosen:
-        for key in ("licence", "architecture", "context_length"):
+        for key in ("licence", "architecture", "context_length", "parameters"):
             if f"model.{key}" not in given:
                 setattr(config.model, key, None)
     kept: set[str] = set()
@@ -132,23 +154,28 @@ def heed_another_source(config: Config, overrides: list[str], chosen: str) -> li
     return dropped
 
 
-def report(name: str, error: Exception, show_traceback: bool) -> None:
-    """End the run with the error: in one line if it is the user's, else with its traceback."""
-    words = words_for(error)
-    if words is None or show_traceback:
+def report(name: str, error: Exception, show_traceback: bool) -> tuple[str, int]:
+    """End the run with the error: in one line if it is the user's, else with its traceback.
+
+    Returns that line, and the exit code.
+    """
+    known = as_user_error(error)
+    if known is None or show_traceback:
         log.exception("%s failed", name)
-    if words is None:
-        text = f"{type(error).__name__}: {one_line(error)}"
-        end_run_with_error(name, text, traceback=traceback.format_exc())
+    if known is None:
+        text, exit_code = f"{type(error).__name__}: {one_line(error)}", UserError.exit_code
+        end_run_with_error(name, text, exit_code, traceback=traceback.format_exc())
     else:
-        end_run_with_error(name, words, told=isinstance(error, ToldError))
+        text, exit_code = one_line(known), known.exit_code
+        end_run_with_error(name, text, exit_code, told=isinstance(error, ToldError))
+    return text, exit_code
 
 
 def parameters_of(name: str) -> list[str]:
-    """The parameters of an entry point in MLproject, without `overrides`."""
+    """The parameters of an entry point, without `overrides`."""
     entry_points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
     declared = entry_points.get(name, {}).get("parameters", {})
-    return [parameter for parameter in declared if parameter != "overrides"]
+    return [parameter for parameter in declared if parameter != "overrides"] + COMMON
 
 
 def hydra_arguments(name: str, argv: list[str]) -> list[str]:
@@ -157,6 +184,7 @@ def hydra_arguments(name: str, argv: list[str]) -> list[str]:
     while rest:
         argument = rest.pop(0)
         parameter = argument.removeprefix("--")
+        parameter = ALIASES.get(parameter, parameter)
         if argument == "--overrides":
             arguments += split_overrides(rest.pop(0) if rest else "")
         elif argument.startswith("--") and parameter in parameters:
@@ -168,6 +196,12 @@ def hydra_arguments(name: str, argv: list[str]) -> list[str]:
         else:
             arguments.append(argument)
     return arguments
+
+
+def told_summary(argv: list[str]) -> str | None:
+    """The file of `summary` in a command line that cannot be composed."""
+    words = re.findall(r"(?<![\w.])(?:summary=|--(?:summary|json) )'?([^\s'\",]+)", " ".join(argv))
+    return words[-1] if words else None
 
 
 def split_overrides(text: str) -> list[str]:

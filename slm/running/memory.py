@@ -22,6 +22,16 @@ def peak_rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts bytes
 
 
+def peak_with_children_mb() -> float:
+    """The largest peak of this program and of the processes that it started and that ended, in MB.
+
+    Of a child, the system counts what it had before its program began too.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6
+    return round(max(peak_rss_mb(), children), 1)
+
+
 @contextlib.contextmanager
 def releasing_mapped(folder: Path) -> Iterator[None]:
     """Meanwhile, give back the memory of what was read out of a folder's mapped weights (Linux)."""

@@ -3,6 +3,7 @@
 run_step("export_onnx", config, OnnxModel, key={…}, module=__name__, make=lambda folder: …)
 """
 
+import enum
 import logging
 import time
 from collections.abc import Callable
@@ -14,13 +15,22 @@ from typing import Any
 import mlflow
 
 from slm.config import Config
+from slm.running.summary import note_step
 from slm.running.tracking import log_parameters, mlflow_run
-from slm.running.work import Outcome, T, keep
+from slm.running.work import RESULT, Outcome, T, keep, touch
 
 log = logging.getLogger("slm.run")
 
-# Whether steps that are called may only reuse what is there.
-ONLY_KEPT: ContextVar[bool] = ContextVar("only_kept", default=False)
+
+class Ask(enum.Enum):
+    """What a step that is called may do."""
+
+    run = enum.auto()  # make its outcome, or reuse it
+    reuse = enum.auto()  # reuse it, in an MLflow run of its own; NotKept if it is not there
+    look = enum.auto()  # return it, and leave no trace; NotKept if it is not there
+
+
+ASKED: ContextVar[Ask] = ContextVar("asked", default=Ask.run)
 
 
 def run_step(
@@ -37,8 +47,7 @@ def run_step(
     """Make or reuse the step's outcome (slm/running/work.py) in an MLflow run of its own.
 
     `publish` logs what belongs on the run, and is told whether the outcome was reused. `module` is
-    where the step's code begins, by default the entry point's file. NotKept, before there is a run,
-    if the outcome is not there and ONLY_KEPT says so.
+    where the step's code begins, by default the entry point's file. ASKED may forbid to make it.
     """
     kept_or_made = partial(
         keep,
@@ -49,19 +58,28 @@ def run_step(
         module=module or f"steps.{name}",
         make=make,
         still_there=still_there,
+        of={"model": config.model.name, "target": config.target.name},
+        again=name in config.force,
     )
-    start = time.monotonic()
-    kept = kept_or_made(only_kept=True) if ONLY_KEPT.get() else None
-    with mlflow_run(name):
+    start, asked = time.monotonic(), ASKED.get()
+    kept = None if asked is Ask.run else kept_or_made(only_kept=True)
+    if kept is not None and asked is Ask.look:
+        return kept.outcome
+    with mlflow_run(name) as run:
         log_parameters(name, config)
-        kept = kept or kept_or_made()
+        if kept is None:
+            kept = kept_or_made()
+        else:
+            touch(kept.folder)
         seconds, result = time.monotonic() - start, kept.outcome
         how = "reused" if kept.reused else "done"
         log.info("%s: %s in %.1f s: %s", name, how, seconds, result.uri)
-        mlflow.set_tags({"reused": str(kept.reused).lower(), "key": kept.key})
+        why = {"why": kept.why} if kept.why else {}
+        mlflow.set_tags({"reused": str(kept.reused).lower(), "key": kept.key, **why})
         mlflow.log_metrics({"duration_s": seconds, **numbers(result)})
         publish(result, kept.reused)
-        mlflow.log_artifact(str(kept.folder / "result.json"))
+        mlflow.log_artifact(str(kept.folder / RESULT))
+    note_step(name, result, seconds, kept.why, run.info.run_id)
     return result
 
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from slm.config import ROOT, Config
 from slm.errors import InputError, UnreachableError
+from slm.running.summary import note
 
 log = logging.getLogger("slm.tracking")
 
@@ -127,6 +128,7 @@ def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
                 "another folder. Set MLFLOW_TRACKING_URI to an absolute URI."
             ) from error
         raise
+    note(run_id=run.info.run_id)
     yield run
     mlflow.end_run()  # after an error, entry_point ends the run with the error on it
 
@@ -134,13 +136,15 @@ def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
 def end_run_with_error(
     name: str,
     message: str,
+    exit_code: int,
     status: str = "FAILED",
     traceback: str | None = None,
     told: bool = False,
 ) -> None:
     """Print one line, unless it was `told`, and end the MLflow run with it as its tag `error`.
 
-    The `traceback` of an unexpected error becomes the run's artifact traceback.txt.
+    The `exit_code` is a tag too: `mlflow run` exits with 1 whatever the step exits with. The
+    `traceback` of an unexpected error becomes the run's artifact traceback.txt.
     """
     if not told:
         print(f"{name}: {message}", file=sys.stderr, flush=True)
@@ -148,7 +152,7 @@ def end_run_with_error(
         if mlflow.active_run() is None and "MLFLOW_RUN_ID" in os.environ:
             mlflow.start_run()
         if mlflow.active_run() is not None:
-            mlflow.set_tag("error", message[:TEXT_LIMIT])
+            mlflow.set_tags({"error": message[:TEXT_LIMIT], "exit_code": exit_code})
             if traceback:
                 mlflow.log_text(traceback, "traceback.txt")
             mlflow.end_run(status)

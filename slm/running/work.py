@@ -5,6 +5,7 @@ the outcome is whole.
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -18,11 +19,15 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from filelock import FileLock
 
-from slm.config import ROOT, user_cache
+from slm.config import ROOT
 from slm.digests import digest_file, digest_files, digest_of
 from slm.records import from_json
+from slm.running.memory import peak_with_children_mb
 
 log = logging.getLogger("slm.work")
+
+RESULT = "result.json"
+DIGEST = 64  # characters of a SHA-256: what is as long is not shown, what is longer not kept
 
 # Modules that shape how a step is run, but not its outcome: a change to them makes nothing anew.
 APART_FROM_OUTCOMES = ("slm.config", "slm.errors", "slm.records", "slm.running")
@@ -41,17 +46,21 @@ T = TypeVar("T", bound=Outcome)
 
 
 class NotKept(Exception):
-    """The outcome is not there, and was asked for only if it is."""
+    """The outcome is not there to be reused; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept(Generic[T]):
-    """An outcome in its folder, and whether it was there already."""
+    """An outcome in its folder; `why` says why it was made, "" if it was there already."""
 
     outcome: T
     folder: Path
     key: str
-    reused: bool
+    why: str = ""
+
+    @property
+    def reused(self) -> bool:
+        return not self.why
 
 
 def keep(
@@ -63,6 +72,7 @@ def keep(
     module: str,
     make: Callable[[Path], T],
     still_there: Callable[[T], bool] = lambda _: True,
+    of: dict[str, str] | None = None,
     again: bool = False,
     only_kept: bool = False,
 ) -> Kept[T]:
@@ -71,27 +81,47 @@ def keep(
     `key` names everything that shapes the outcome besides the code of `module`. An outcome is
     reused if its result.json stands, every file in the folder has the digest that it lists, it is
     `still_there`, and it is not asked for `again`. One process at a time makes it; others wait.
-    NotKept if it would have to be made, and `only_kept`.
+    `of` says for readers what it is an outcome of. With `only_kept`, nothing is written, and an
+    outcome that would have to be made is NotKept.
     """
-    digest = digest_of({"kind": kind, "key": key, "code": code_digests(module)})
+    code = code_digests(module)
+    digest = digest_of({"kind": kind, "key": key, "code": code})
     folder = work_folder(work) / kind / digest[:16]
+    parts, of = parts_of({**key, "code": code}), of or {}
+
+    def reuse() -> Kept[T]:
+        if again:
+            raise NotKept("asked for again")
+        if not (folder / RESULT).is_file():
+            raise NotKept(difference(folder.parent, parts, of))
+        result = read_result(folder, outcome)
+        if not still_there(result):
+            raise NotKept("what it ended with is no longer there, or was not whole")
+        return Kept(result, folder, digest[:16])
+
+    if only_kept:
+        return reuse()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        result = None if again else read_result(folder, outcome)
-        if result is not None and still_there(result):
-            return Kept(result, folder, digest[:16], reused=True)
-        if only_kept:
-            raise NotKept(str(folder))
-        log.info("%s: started, in %s", kind, folder)
+        try:
+            kept = reuse()
+            touch(kept.folder)
+            return kept
+        except NotKept as reason:
+            why = str(reason)
+        log.info("%s: started, in %s: %s", kind, folder, why)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
+        start = time.monotonic()
         try:
             result = make(folder)
-            write_result(folder, result, digest)
+            record = {"key": digest, "made": time.time(), "of": of, "parts": parts}
+            record |= {"made_s": time.monotonic() - start, "peak_rss_mb": peak_with_children_mb()}
+            write_result(folder, result, record)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    return Kept(result, folder, digest[:16], reused=False)
+    return Kept(result, folder, digest[:16], why)
 
 
 def work_folder(work: str) -> Path:
@@ -99,44 +129,78 @@ def work_folder(work: str) -> Path:
     return ROOT / Path(work).expanduser()
 
 
-def clean() -> None:
-    """Remove the outcomes in the default work folder, and nothing else that may lie there."""
-    work = work_folder(os.environ.get("SLM_WORK") or user_cache())
-    steps = [path.stem for path in (ROOT / "steps").glob("*.py")]
-    for kind in (*steps, "measure", "environments", "multirun"):
-        shutil.rmtree(work / kind, ignore_errors=True)
-    print(f"removed the outcomes of steps in {work}")
+def touch(folder: Path) -> None:
+    """Note that an outcome was used: `clean` removes the longest unused first."""
+    with contextlib.suppress(OSError):  # of another user
+        os.utime(folder / RESULT)
 
 
-def read_result(folder: Path, outcome: type[T]) -> T | None:
-    """The outcome that a folder holds, unless one of its files changed since."""
-    path = folder / "result.json"
-    if not path.is_file():
-        return None
+def read_result(folder: Path, outcome: type[T]) -> T:
+    """The outcome that a folder holds; NotKept if one of its files changed since."""
     try:
-        recorded = json.loads(path.read_text())
+        recorded = json.loads((folder / RESULT).read_text())
         result, digests = from_json(outcome, recorded["outcome"]), recorded["sha256"]
-    except (ValueError, TypeError, KeyError):
-        log.info("%s cannot be read: made anew", path)
-        return None
-    found = {name: digest for name, digest in digest_files(folder).items() if name != path.name}
+        found = {name: digest for name, digest in digest_files(folder).items() if name != RESULT}
+    except (ValueError, TypeError, KeyError) as error:
+        raise NotKept(f"{folder / RESULT} cannot be read") from error
+    except FileNotFoundError as error:  # another run is making it
+        raise NotKept(f"{folder} is being made anew") from error
     if found != digests:
-        log.info("%s changed since it was made: made anew", folder)
-        return None
+        raise NotKept(f"{folder} changed since it was made")
     return result
 
 
-def write_result(folder: Path, result: Outcome, digest: str) -> None:
+def write_result(folder: Path, result: Outcome, record: dict[str, Any]) -> None:
     """Write result.json in one motion."""
-    record = {
-        "key": digest,
-        "made": time.time(),
-        "outcome": dataclasses.asdict(result),
-        "sha256": digest_files(folder),
-    }
-    partial = folder / "result.json.partial"
+    record |= {"outcome": dataclasses.asdict(result), "sha256": digest_files(folder)}
+    partial = folder / f"{RESULT}.partial"
     partial.write_text(json.dumps(record, indent=2, default=enum_value) + "\n")
-    partial.replace(folder / "result.json")
+    partial.replace(folder / RESULT)
+
+
+def records(kind: Path) -> list[dict[str, Any]]:
+    """What the outcomes of a kind say of themselves, each with its folder; none that is broken."""
+    found = []
+    for path in kind.glob(f"*/{RESULT}"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append({**json.loads(path.read_text()), "folder": path.parent})
+    return found
+
+
+def parts_of(key: Any, prefix: str = "") -> dict[str, Any]:
+    """What a key is made of, by dotted name: numbers and short texts, digests of all else."""
+    if isinstance(key, dict) and key:
+        named = [(f"{prefix}.{name}" if prefix else str(name), v) for name, v in key.items()]
+        return {part: value for name, v in named for part, value in parts_of(v, name).items()}
+    value = json.loads(json.dumps(key, default=lambda v: getattr(v, "value", str(v))))
+    return {prefix: value if len(str(value)) <= DIGEST else digest_of(value)}
+
+
+def difference(kind: Path, parts: dict[str, Any], of: dict[str, str], most: int = 3) -> str:
+    """In words, in what a key differs from that of the nearest outcome of its kind."""
+
+    def differing(record: dict[str, Any]) -> list[str]:
+        others = record["parts"]
+        return [n for n in {**others, **parts} if others.get(n) != parts.get(n)]
+
+    def distance(record: dict[str, Any]) -> tuple[bool, int, float]:
+        return record["of"] != of, len(differing(record)), -record["made"]
+
+    nearest = min((r for r in records(kind) if "parts" in r), key=distance, default=None)
+    if nearest is None or nearest["of"].get("model") != of.get("model"):
+        return f"never made of {of['model']}" if of else "never made"
+    words = [changed(n, nearest["parts"].get(n), parts.get(n)) for n in differing(nearest)]
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return "; ".join(words[:most]) + more
+
+
+def changed(name: str, before: Any, now: Any) -> str:
+    """One difference in words."""
+    if name.startswith("code."):
+        return f"{name.removeprefix('code.')} changed"
+    if len(str(before)) == DIGEST or len(str(now)) == DIGEST:
+        return f"{name} changed"
+    return f"{name}: {'none' if before is None else before} → {'none' if now is None else now}"
 
 
 def enum_value(value: Any) -> Any:

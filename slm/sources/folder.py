@@ -58,6 +58,10 @@ class Folder:
         digests = {name: digest_file(folder / name) for name in read}
         return cls(str(folder), tuple(taken), digest_of(digests))
 
+    def weights_gb(self) -> float | None:
+        sizes = [(Path(self.path) / name).stat().st_size for name in filter(is_weights, self.names)]
+        return sum(sizes) / 1e9 if sizes else None
+
     def bring(self, model: Model, checkpoint: Path) -> Declared:
         folder, names = Path(self.path), list(self.names)
         require_known(names, model)

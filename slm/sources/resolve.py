@@ -35,6 +35,9 @@ class Source(Protocol):
     def parse(cls, model: Model) -> "Source | None":
         """The source that `model.source` names, pinned; None if it is of another kind."""
 
+    def weights_gb(self) -> float | None:
+        """Size of its safetensors, in GB, without bringing them; None if it cannot be known."""
+
     def bring(self, model: Model, checkpoint: Path) -> Declared:
         """Put the checkpoint's files into a folder; return what else the source declares.
 

@@ -1,0 +1,157 @@
+"""How a command ended, for machines: a JSON file, and the same to a webhook.
+
+    python -m steps.main summary=outcome.json
+    SLM_WEBHOOK_URL=https://hooks.slack.com/services/… mlflow run . --env-manager local
+
+docs/unattended.md has the fields.
+"""
+
+import dataclasses
+import http.client
+import json
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from slm.errors import InfrastructureError
+from slm.records import Evaluation, RegisteredVersion, Registration
+
+log = logging.getLogger("slm.summary")
+
+WEBHOOK, FORMAT = "SLM_WEBHOOK_URL", "SLM_WEBHOOK_FORMAT"
+SLACK = "hooks.slack.com"
+PATIENCE_S = 10
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that ended: its outcome's URI, why it was made (or reused), and its MLflow run."""
+
+    uri: str
+    duration_s: float
+    reused: bool
+    why: str
+    run_id: str
+
+
+@dataclass
+class Summary:
+    """What a command did so far; `result` is what plan, clean and rollback end with."""
+
+    entry_point: str
+    exit_code: int = 0
+    error: str = ""
+    model: str = ""
+    target: str = ""
+    run_id: str = field(default_factory=lambda: os.environ.get("MLFLOW_RUN_ID", ""))
+    tracking_uri: str = ""
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    duration_s: float = 0.0
+    verdict: str = ""
+    reasons: list[str] = field(default_factory=list)
+    registered: list[RegisteredVersion] = field(default_factory=list)
+    steps: dict[str, Done] = field(default_factory=dict)
+    result: Any = None
+
+    @property
+    def status(self) -> str:
+        """done, unchanged (every outcome was reused), failed or interrupted."""
+        if self.exit_code:
+            return "interrupted" if self.exit_code == INTERRUPTED else "failed"
+        unchanged = self.steps and all(step.reused for step in self.steps.values())
+        return "unchanged" if unchanged else "done"
+
+    def json(self) -> str:
+        every = {"schema": 1, "status": self.status, **dataclasses.asdict(self)}
+        return json.dumps(every, indent=2, default=str) + "\n"
+
+    def sentence(self) -> str:
+        """All of it in a line for people."""
+        of = f" of {self.model} for {self.target}" if self.model else ""
+        how = f"{self.status} (exit code {self.exit_code})" if self.exit_code else self.status
+        versions = [f"{v.name} version {v.version} {v.alias}".strip() for v in self.registered]
+        told = [self.error, self.verdict and f"verdict {self.verdict}", *versions]
+        return f"{self.entry_point}{of}: {'; '.join([how, *filter(None, told)])}"
+
+
+# That of the command which this process runs; none in tests.
+CURRENT: ContextVar[Summary | None] = ContextVar("summary", default=None)
+
+
+def note(**facts: Any) -> None:
+    """Say something of the command that runs, by fields of Summary."""
+    if (summary := CURRENT.get()) is not None:
+        for name, value in facts.items():
+            setattr(summary, name, value)
+
+
+def note_step(name: str, outcome: Any, duration_s: float, why: str, run_id: str) -> None:
+    """Say that a step ended, what an evaluation or a registration came to; `why` as Kept has it."""
+    if (summary := CURRENT.get()) is None:
+        return
+    summary.steps[name] = Done(outcome.uri, round(duration_s, 3), not why, why, run_id)
+    if isinstance(outcome, (Evaluation, Registration)):
+        summary.verdict, summary.reasons = outcome.verdict, outcome.reasons
+    if isinstance(outcome, Registration):
+        summary.registered = outcome.versions
+
+
+class Ending:
+    """The end of a command: its summary, where that goes, and when it began."""
+
+    def __init__(self, entry_point: str) -> None:
+        self.summary, self.path = Summary(entry_point), ""
+        self.start = time.monotonic()
+        # Taken out of the environment: what this process starts has an end of its own.
+        self.webhook = os.environ.pop(WEBHOOK, "")
+        self.format = os.environ.pop(FORMAT, "")
+        CURRENT.set(self.summary)
+
+    def goes_to(self, file: str | None, folder: Path) -> None:
+        """Say where it is written, and remove an earlier command's: it says nothing of this one."""
+        if file:
+            path = folder / Path(file).expanduser()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            self.path = str(path)
+
+    def tell(self) -> None:
+        """Write the file, and post to the webhook."""
+        self.summary.duration_s = round(time.monotonic() - self.start, 3)
+        try:
+            if self.path:
+                partial = Path(f"{self.path}.partial")
+                partial.write_text(self.summary.json())
+                partial.replace(self.path)
+        except OSError as error:
+            log.error("the summary cannot be written: %s", error)
+            self.summary.exit_code = self.summary.exit_code or InfrastructureError.exit_code
+        if self.webhook:
+            post(self.summary, self.webhook, self.format)
+
+
+def post(summary: Summary, url: str, form: str) -> None:
+    """POST the summary as JSON, or in Slack's form; a webhook that fails is a warning.
+
+    The URL is a secret: no more of it than its host is shown.
+    """
+    host = url.partition("://")[2].split("/")[0].rpartition("@")[2]
+    slack = form == "slack" or (not form and host == SLACK)
+    text = json.dumps({"text": summary.sentence()}) if slack else summary.json()
+    headers = {"Content-Type": "application/json"}
+    try:
+        request = urllib.request.Request(url, text.encode(), headers, method="POST")
+        urllib.request.urlopen(request, timeout=PATIENCE_S).close()
+    except urllib.error.HTTPError as error:
+        log.warning("the webhook at %s refuses the summary: %d", host, error.code)
+    except (OSError, ValueError, http.client.HTTPException) as error:  # may hold the URL
+        reason = getattr(error, "reason", error)
+        log.warning("the webhook at %s was not reached: %s", host, type(reason).__name__)

@@ -1,0 +1,104 @@
+import os
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from filelock import FileLock
+
+from slm.running.work import RESULT
+from steps.clean import Cleaning, clean
+from tests.conftest import Packaged, Project, composed
+
+DAY_S = 86400
+
+
+def outcome(work: Path, name: str, days: float, mb: int = 1) -> Path:
+    """A folder of the work folder that was used so many days ago."""
+    folder = work / name
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(mb * 10**6))
+    (folder / RESULT).write_text("{}")
+    then = time.time() - days * DAY_S
+    os.utime(folder / RESULT, (then, then))
+    return folder
+
+
+def cleaned(folder: Path, *overrides: str) -> Cleaning:
+    """What `clean` does with a project, which may have no store yet."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(Project(folder).tracking_uri)
+    try:
+        return clean(folder / "work", composed(*overrides).clean)
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def names(done: Cleaning) -> list[str]:
+    return [entry.folder for entry in done.removed]
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """Three outcomes, and what is none of a step's."""
+    work = tmp_path / "work"
+    for name, days in (("fetch/old", 40), ("fetch/new", 1), ("export_onnx/middle", 10)):
+        outcome(work, name, days)
+    outcome(work, "letters/mine", 400)
+    return work
+
+
+@pytest.mark.parametrize(
+    ("bounds", "gone"),
+    [
+        ([], ["fetch/old"]),
+        (["clean.older_than_days=5"], ["fetch/old", "export_onnx/middle"]),
+        (["clean.older_than_days=null"], []),
+        (["clean.older_than_days=null", "clean.max_gb=0.0021"], ["fetch/old"]),
+        (["clean.max_gb=0"], ["fetch/old", "export_onnx/middle", "fetch/new"]),
+    ],
+)
+def test_the_longest_unused_go_until_the_bounds_are_kept(
+    tmp_path: Path, work: Path, bounds: list[str], gone: list[str]
+) -> None:
+    planned = cleaned(tmp_path, *bounds, "clean.dry_run=true")
+    assert all((work / name).exists() for name in gone)
+    done = cleaned(tmp_path, *bounds)
+    assert names(planned) == names(done) == gone
+    assert not any((work / name).exists() for name in gone)
+    assert (work / "letters/mine").exists()
+    assert done.left_gb == pytest.approx((3 - len(gone)) / 1000, rel=0.01)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["work"]  # no store was made
+
+
+def test_what_is_being_made_stays(tmp_path: Path, work: Path) -> None:
+    with FileLock(work / "fetch" / "old.lock"):
+        assert cleaned(tmp_path).kept["fetch/old"] == "it is being made"
+    assert names(cleaned(tmp_path)) == ["fetch/old"]
+
+
+def test_what_a_live_run_used_stays(project: Project) -> None:
+    made, read, other = (f"{number:016x}" for number in range(3))
+    for key in (made, read, other):
+        outcome(project.folder / "work", f"fetch/{key}", 40)
+    client = project.client
+    parent = client.create_run("1").info.run_id
+    child = client.create_run("1", tags={"mlflow.parentRunId": parent, "key": made}).info.run_id
+    client.log_param(child, "input.source", f"/work/fetch/{read}/checkpoint")
+    client.set_terminated(child)
+    assert names(cleaned(project.folder)) == [f"fetch/{other}"]
+    client.set_terminated(parent)
+    assert names(cleaned(project.folder)) == [f"fetch/{made}", f"fetch/{read}"]
+
+
+def test_what_a_registered_version_was_made_from_stays(packaged: Packaged) -> None:
+    """Dry runs: other tests read what would go."""
+    bounds = ["clean.older_than_days=0", "clean.dry_run=true"]
+    kept = cleaned(packaged.folder, *bounds).kept
+    outcomes = [packaged.fetched.uri, packaged.exported.uri]
+    folders = [str(Path(uri).parent.relative_to(packaged.folder / "work")) for uri in outcomes]
+    folders += [str(Path(packaged.evaluation.uri).relative_to(packaged.folder / "work"))]
+    assert {kept[folder] for folder in folders} == {"a registered version was made from it"}
+    kinds = {folder.split("/")[0] for folder in kept}
+    assert {"log_pyfunc", "log_transformers", "measure", "register"} <= kinds
+    assert {*folders} <= {*names(cleaned(packaged.folder, *bounds, "clean.registered=true"))}

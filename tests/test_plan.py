@@ -1,0 +1,87 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from slm.config import Config
+from slm.running.command import split_overrides
+from slm.running.costs import Size, cost_of
+from slm.running.work import records
+from steps.plan import Plan, plan
+from tests.conftest import TINY, Packaged, Project, composed, tracking
+
+pytestmark = pytest.mark.xdist_group("main")
+
+
+def planned(project: Project, *overrides: str) -> Plan:
+    with tracking(project):
+        return plan(configured(project, *overrides))
+
+
+def configured(project: Project, *overrides: str) -> Config:
+    return composed(*split_overrides(TINY), *overrides, f"paths.work={project.folder / 'work'}")
+
+
+def test_what_is_kept_is_reused(packaged: Packaged) -> None:
+    found = planned(packaged)
+    assert [step.does for step in found.steps] == ["reused"] * 6
+    assert found.steps[0].why == packaged.fetched.uri and found.cost.seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "does", "why"),
+    [
+        (
+            "export.parity_tokens=99",
+            "reused runs may_run reused may_run may_run",
+            "export.parity_tokens: 8192 → 99",
+        ),
+        ("force=log_transformers", "reused reused reused runs may_run may_run", "asked for again"),
+        (
+            "register.margins.size_mb.max=2",
+            "reused reused reused reused reused runs",
+            "register.margins.size_mb.max: 1.1 → 2.0",
+        ),
+        ("model.name=mine", "runs runs runs runs runs runs", "never made of mine"),
+    ],
+)
+def test_what_differs_runs_and_what_depends_on_it_may(
+    packaged: Packaged, override: str, does: str, why: str
+) -> None:
+    steps = planned(packaged, override).steps
+    assert " ".join(step.does.replace(" ", "_") for step in steps) == does
+    assert next(step.why for step in steps if step.does == "runs") == why
+    cost = next(step.cost for step in steps if step.does == "runs")
+    assert None not in (cost.disk_gb, cost.memory_gb, cost.seconds)
+
+
+def test_a_plan_leaves_nothing_behind(packaged: Packaged, tmp_path: Path) -> None:
+    def left() -> tuple[int, list[Path]]:
+        return len(packaged.client.search_runs(["1"])), sorted(packaged.folder.rglob("*"))
+
+    before, file = left(), tmp_path / "plan.json"
+    process = packaged.step("plan", *split_overrides(TINY), f"summary={file}")
+    assert process.returncode == 0, process.stderr
+    assert "Nothing to do: every outcome is reused" in process.stdout
+    assert left() == before
+    assert len(json.loads(file.read_text())["result"]["steps"]) == 6
+
+
+def test_figures_are_those_of_the_last_time_if_there_was_one(packaged: Packaged) -> None:
+    [export] = [s for s in planned(packaged, "force=export_onnx").steps if s.step == "export_onnx"]
+    last = records(packaged.folder / "work" / "export_onnx")
+    assert export.basis == "as last time"
+    assert export.cost.seconds in [record["made_s"] for record in last]
+    assert (export.cost.memory_gb or 0) >= packaged.exported.peak_rss_mb / 1e3 - 0.01
+
+
+@pytest.mark.parametrize(
+    ("weights", "seconds", "memory_gb"),
+    [(0.16, 13, 0.864), (1.5, 33, 1.956), (3.82, 46, 2.923), (7.25, 80, 3.445)],
+)
+def test_an_export_is_expected_to_take_what_one_of_its_size_took(
+    weights: float, seconds: float, memory_gb: float
+) -> None:
+    """The shapes in docs/benchmarks.md, within a quarter."""
+    cost = cost_of("export_onnx", Size(weights, 2 * weights), composed())
+    assert (cost.seconds, cost.memory_gb) == pytest.approx((seconds, memory_gb), rel=0.25)

@@ -1,0 +1,223 @@
+"""How a command ends: its exit code, the summary for machines, and the webhook."""
+
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+
+from slm.config import Config
+from slm.errors import (
+    InputError,
+    StepError,
+    ToldError,
+    UnreachableError,
+    VerdictError,
+    as_user_error,
+)
+from slm.records import RegisteredVersion, Registration
+from slm.running import summary
+from slm.running.command import entry_point
+from slm.running.summary import Summary, note_step, post
+
+VERSION = RegisteredVersion("tiny-chat", "2", "champion")
+
+
+def failing(error: BaseException) -> Callable[[Config], object]:
+    def step(_: Config) -> object:
+        raise error
+
+    return step
+
+
+def registering(_: Config) -> None:
+    registration = Registration("models:/tiny-chat@champion", "passed", [VERSION], True)
+    note_step("register", registration, 1.5, "never made", "run-1")
+
+
+def ended(
+    step: Callable[[Config], object], monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> int:
+    """The exit code of a step as a command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["/steps/fetch.py", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    logger = logging.getLogger("slm")
+    for name in ("handlers", "level", "propagate"):  # as they are, once the test has ended
+        monkeypatch.setattr(logger, name, getattr(logger, name))
+    with pytest.raises(SystemExit) as raised:
+        entry_point(step)
+    summary.CURRENT.set(None)
+    return int(raised.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StepError("it cannot"), 1),
+        (InputError("no such folder"), 2),
+        (VerdictError("perplexity_ratio is 9"), 3),
+        (ToldError("register failed: perplexity_ratio is 9", 3), 3),
+        (UnreachableError("the model hub cannot be reached"), 4),
+        (OSError(errno.ENOSPC, "No space left on device"), 4),
+        (PermissionError("/sys/nowhere"), 4),
+        (MlflowException("API request to http://host failed"), 4),
+        (MlflowException("no such run", RESOURCE_DOES_NOT_EXIST), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
+)
+def test_an_error_of_the_users_has_an_exit_code(error: BaseException, code: int) -> None:
+    known = as_user_error(error)
+    assert known is not None and known.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "status"),
+    [
+        (ZeroDivisionError("nobody expected it"), 1, "failed"),
+        (VerdictError("perplexity_ratio is 9"), 3, "failed"),
+        (KeyboardInterrupt("interrupted"), 130, "interrupted"),
+    ],
+)
+def test_a_command_that_fails_exits_so_and_leaves_a_summary(
+    error: BaseException, code: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "new" / "summary.json"
+    assert ended(failing(error), monkeypatch, f"summary={file}") == code
+    found = json.loads(file.read_text())
+    assert (found["exit_code"], found["status"]) == (code, status)
+    assert str(error) in found["error"] and found["model"] == "smollm2-135m-instruct"
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["model=phi-9", "summary={}"],
+        ["--overrides", '["model=phi-9", "summary={}"]'],
+        ["--model", "phi-9", "--json", "{}"],
+        ["--colour", "red", "--overrides", "model.name=a summary='{}'"],
+    ],
+)
+def test_what_cannot_be_composed_is_bad_input_and_in_the_summary(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "summary.json"
+    file.write_text("of an earlier run")
+    assert ended(registering, monkeypatch, *(a.format(file) for a in arguments)) == 2
+    assert json.loads(file.read_text())["exit_code"] == 2
+
+
+def test_a_step_that_is_none_cannot_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ended(registering, monkeypatch, "force=fetch,exports") == 2
+
+
+def test_the_summary_says_what_was_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ended(registering, monkeypatch, "--summary", str(tmp_path / "summary.json")) == 0
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert (found["status"], found["verdict"], found["schema"]) == ("done", "passed", 1)
+    assert found["registered"] == [{"name": "tiny-chat", "version": "2", "alias": "champion"}]
+    assert found["steps"]["register"]["duration_s"] == 1.5
+
+
+def test_nothing_changed_is_said_only_of_what_reused_everything() -> None:
+    told = Summary("main")
+    assert told.status == "done"
+    told.steps = {"fetch": summary.Done("/a", 1.0, True, "", "1")}
+    assert told.status == "unchanged"
+    told.steps["export_onnx"] = summary.Done("/b", 1.0, False, "never made", "2")
+    assert told.status == "done"
+
+
+class Receiver(HTTPServer):
+    """A webhook: keeps what is posted, and answers with `status`."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.bodies: list[dict[str, Any]] = []
+        self.status = 200
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Receiver
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.bodies.append(json.loads(body))
+        self.send_response(self.server.status)
+        self.end_headers()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("slack", ["no", "by host", "by format"])
+def test_the_webhook_gets_the_summary_in_the_form_that_it_reads(
+    slack: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if slack == "by host":
+        monkeypatch.setattr(summary, "SLACK", receiver.host)
+    told = Summary("main", exit_code=3, error="too far off", model="tiny", target="cpu")
+    form = "slack" if slack == "by format" else ""
+    post(told, f"http://{receiver.host}/services/T0/secret", form)
+    [body] = receiver.bodies
+    if slack == "no":
+        assert body["exit_code"] == 3 and body["entry_point"] == "main"
+    else:
+        assert body == {"text": "main of tiny for cpu: failed (exit code 3); too far off"}
+
+
+@pytest.mark.parametrize("wrong", ["refuses", "down", "no URL", "no host"])
+def test_a_webhook_that_fails_is_a_warning_without_its_secret(
+    wrong: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver.status = 500
+    urls = {
+        "refuses": f"http://user:secret@{receiver.host}/secret",
+        "down": "http://127.0.0.1:9/secret",
+        "no URL": "secret",
+        "no host": "http:///sec ret/secret",
+    }
+    said: list[str] = []
+    monkeypatch.setattr(summary.log, "warning", lambda text, *args: said.append(text % args))
+    post(Summary("main"), urls[wrong], "")
+    assert len(said) == 1 and "the webhook at" in said[0] and "secret" not in said[0]
+
+
+def test_a_command_posts_once_whatever_it_starts(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps of main inherit its environment."""
+    found: list[bool] = []
+
+    def step(_: Config) -> None:
+        found.append(summary.WEBHOOK in os.environ)
+
+    monkeypatch.setenv(summary.WEBHOOK, f"http://{receiver.host}/secret")
+    assert ended(step, monkeypatch) == 0
+    assert found == [False] and len(receiver.bodies) == 1
