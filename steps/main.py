@@ -18,6 +18,7 @@ from typing import Any
 import mlflow
 from hydra.core.hydra_config import HydraConfig
 from mlflow.exceptions import ExecutionException
+from mlflow.utils.databricks_utils import get_databricks_host_creds
 
 from slm.config import ROOT, Config
 from slm.errors import StepError, ToldError, UserError
@@ -30,6 +31,7 @@ from slm.records import (
     Registration,
     from_json,
 )
+from slm.registry.kinds import require_registry
 from slm.running.command import entry_point
 from slm.running.run import ONLY_KEPT
 from slm.running.tracking import mlflow_run, shown, store_variables
@@ -158,15 +160,20 @@ def next_lines(work: str, report: str, registered: str) -> dict[str, str]:
     serve = f"PATH={shlex.quote(str(scripts))}:$PATH MLFLOW_TRACKING_URI={tracking} {serve}"
     if any(uri.startswith("file:") for uri in stores.values()):  # MLflow 3.17 wants to be told so
         look, serve = (f"MLFLOW_ALLOW_FILE_STORE=true {line}" for line in (look, serve))
+    if tracking.startswith("http"):
+        look = tracking
+    elif tracking.startswith("databricks"):
+        look = f"{get_databricks_host_creds(tracking).host}/ml/experiments"
     return {
         "Work": str(work_folder(work)),
         "Report": report,
-        "Look": tracking if tracking.startswith("http") else look,
+        "Look": look,
         "Serve": serve,
     }
 
 
 def main(config: Config) -> None:
+    require_registry(config.register)
     choices = HydraConfig.get().runtime.choices
     chain = Chain(config, choices["model"], choices["target"], overrides_for_children())
     with mlflow_run("main"):

@@ -52,12 +52,12 @@ except SystemExit as error:
 class Workspace:
     """The stand-in; files of tasks are those of this machine, or dbfs:/….
 
-    A request whose path ends with one of `denied` is refused as for want of a right.
+    A request is refused as for want of a right if its method and the end of its path are `denied`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.denied: set[str] = set()
+        self.denied: set[tuple[str, str]] = set()
         self.catalog = Catalog(folder)
         self.jobs = Jobs(self)
         self.endpoints: dict[str, dict[str, Any]] = {}
@@ -102,7 +102,7 @@ class Workspace:
             return
         if request.headers.get("Authorization") != f"Bearer {TOKEN}":
             refuse("UNAUTHENTICATED", "no valid token")
-        if any(request.path.endswith(end) for end in self.denied):
+        if any(request.method == m and request.path.endswith(end) for m, end in self.denied):
             refuse("PERMISSION_DENIED", f"User does not have the right to {request.path}.")
 
     def local(self, path: str) -> Path:

@@ -28,6 +28,7 @@ class Catalog:
         self.lock = threading.Lock()  # one request at a time, as SQLite has it
         self.pending: set[tuple[str, str]] = set()  # versions whose files are not all there
         self.sources: dict[tuple[str, str], tuple[str, str]] = {}  # and ids of logged models
+        self.files_api = True  # else clients send files to the cloud's storage themselves
 
     def name(self, name: str) -> str:
         """A name of three levels, in lower case as Unity Catalog keeps it."""
@@ -72,6 +73,7 @@ class Catalog:
             "run_id": version.run_id or "",
             "description": version.description or "",
             "status": "PENDING_REGISTRATION" if key in self.pending else "READY",
+            "storage_location": "s3://bucket/models",
         }
 
     def version(self, name: str, version: str) -> dict[str, Any]:
@@ -106,6 +108,11 @@ class Catalog:
         self.pending.add(key)
         self.sources[key] = source, model_id
         return self.version(*key)
+
+    def credentials(self, **_: str) -> dict[str, Any]:
+        """Those of a bucket: enough for the client to look for the cloud's own library."""
+        keys = {"access_key_id": "a", "secret_access_key": "b", "session_token": "c"}
+        return {"credentials": {"aws_temp_credentials": keys}}
 
     def finalize(self, name: str, version: str) -> dict[str, Any]:
         self.pending.discard((name, version))
@@ -143,6 +150,7 @@ def unity_catalog(catalog: Catalog) -> Blueprint:
         "GET registered-models/alias": catalog.version_of,
         "DELETE registered-models/alias": store.delete_registered_model_alias,
         "POST model-versions/create": catalog.create_version,
+        "POST model-versions/generate-temporary-credentials": catalog.credentials,
         "POST model-versions/finalize": catalog.finalize,
         "GET model-versions/get": catalog.version,
         "GET model-versions/search": catalog.search_versions,
@@ -155,7 +163,7 @@ def unity_catalog(catalog: Catalog) -> Blueprint:
 
     @routes.get("/registered-models:is-databricks-sdk-models-artifact-repository-enabled")
     def files_api() -> dict[str, bool]:
-        return {"is_databricks_sdk_models_artifact_repository_enabled": True}
+        return {"is_databricks_sdk_models_artifact_repository_enabled": catalog.files_api}
 
     @routes.route("/<path:path>", methods=["GET", "POST", "PATCH", "DELETE"])
     def answer(path: str) -> dict[str, Any]:
