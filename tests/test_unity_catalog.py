@@ -43,6 +43,26 @@ def catalog(
     mlflow.set_tracking_uri(before)
 
 
+@pytest.fixture(scope="module")
+def logged() -> dict[str, Evaluation]:
+    """The generations that were logged to the workspace's tracking, by name."""
+    return {}
+
+
+@pytest.fixture
+def first(catalog: str, logged: dict[str, Evaluation]) -> Evaluation:
+    """A first generation, without a champion to stand against."""
+    if not logged:
+        logged["first"] = evaluated("first")
+    return logged["first"]
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tracking store apart from the workspace."""
+    return f"sqlite:///{tmp_path_factory.mktemp('apart') / 'mlflow.db'}"
+
+
 @pytest.fixture
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slm.registry.versions.prove", lambda *_, **__: None)
@@ -59,11 +79,10 @@ def names(catalog: str) -> list[str]:
 
 
 def test_a_model_is_registered_proven_promoted_and_rolled_back(
-    catalog: str, monkeypatch: pytest.MonkeyPatch
+    catalog: str, first: Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = MlflowClient()
     chat, prompt, checkpoint = names(catalog)
-    first = evaluated("first")
     registration = register(first, catalog)
     assert registration.uri == f"models:/{chat}@champion"
     version = client.get_model_version(chat, "1")
@@ -89,12 +108,12 @@ def test_a_model_is_registered_proven_promoted_and_rolled_back(
 
 @pytest.mark.parametrize("as_uri", [False, True])
 def test_a_registry_apart_from_the_tracking_store_gets_one_version_and_a_copy_of_the_files(
-    catalog: str, unproven: None, tmp_path: Path, as_uri: bool
+    catalog: str, apart: str, unproven: None, tmp_path: Path, as_uri: bool
 ) -> None:
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_tracking_uri(apart)
     place = (tmp_path / "mlruns").as_uri() if as_uri else str(tmp_path / "mlruns")
-    mlflow.create_experiment("tests", artifact_location=place)
-    mlflow.set_experiment("tests")
+    mlflow.create_experiment(place, artifact_location=place)
+    mlflow.set_experiment(place)
     evaluation = evaluated("first")
     before = contents(tmp_path / "mlruns")
     [chat, *_] = names(catalog)
@@ -116,38 +135,42 @@ def test_a_registry_apart_from_the_tracking_store_gets_one_version_and_a_copy_of
     ],
 )
 def test_a_missing_right_is_named_before_the_first_write(
-    workspace: Workspace, catalog: str, unproven: None, denied: tuple[str, str], words: str
+    workspace: Workspace,
+    catalog: str,
+    first: Evaluation,
+    unproven: None,
+    denied: tuple[str, str],
+    words: str,
 ) -> None:
-    evaluation = evaluated("first")
     if denied[1] != "registered-models/create":
         for name in names(catalog):
             MlflowClient().create_registered_model(name)
     before = state(workspace)
     workspace.denied.add(denied)
     with pytest.raises(StepError, match=f"{words}.*the right to"):
-        register(evaluation, catalog)
+        register(first, catalog)
     assert state(workspace) == before
 
 
 def test_models_that_exist_are_registered_without_the_right_to_create_any(
-    workspace: Workspace, catalog: str, unproven: None
+    workspace: Workspace, catalog: str, first: Evaluation, unproven: None
 ) -> None:
     for name in names(catalog):
         MlflowClient().create_registered_model(name)
     workspace.denied.add(("POST", "registered-models/create"))
-    assert register(evaluated("first"), catalog).promoted
+    assert register(first, catalog).promoted
 
 
 def test_a_missing_client_of_the_clouds_storage_is_one_line_that_names_the_package(
-    workspace: Workspace, catalog: str
+    workspace: Workspace, catalog: str, first: Evaluation, unproven: None
 ) -> None:
     workspace.catalog.files_api = False
     with pytest.raises(
         StepError, match=r"No module named 'boto3'. Install 'mlflow\[databricks\]=="
     ):
-        register(evaluated("first"), catalog)
+        register(first, catalog)
     workspace.catalog.files_api = True
-    assert register(evaluated("first"), catalog).versions[0].version == "2"  # 1 stays pending
+    assert register(first, catalog).versions[0].version == "2"  # 1 stays pending
 
 
 @pytest.mark.parametrize(
