@@ -17,18 +17,18 @@ from slm.records import Evaluation, Registration
 from slm.registry.kinds import require_registry
 from slm.registry.names import LOGGED_MODEL, aliases_of
 from slm.registry.turns import turn
+from steps.main import next_lines
 from steps.rollback import Request, rollback
 from tests.conftest import MODEL, TARGET, composed
 from tests.databricks import Workspace
+from tests.registry_state import STORES
 from tests.tiny_models import evaluated
 
 pytestmark = pytest.mark.xdist_group("databricks")
 
 
 @pytest.fixture
-def catalog(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Iterator[str]:
+def catalog(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """A schema of its own in the workspace's Unity Catalog; tracking is the workspace's too."""
     for name, value in workspace.environment.items():
         monkeypatch.setenv(name, value)
@@ -36,7 +36,7 @@ def catalog(
     mlflow.set_tracking_uri("databricks")
     mlflow.set_registry_uri("databricks-uc")
     mlflow.set_experiment("/Shared/tests")
-    yield f"Main.{abs(hash(request.node.name))}"
+    yield f"Main.{tmp_path.name}"
     workspace.denied.clear()
     workspace.catalog.files_api = True
     mlflow.set_registry_uri("")
@@ -190,12 +190,17 @@ def test_a_registry_that_cannot_have_a_champion_is_refused(
         require_registry(composed().register)
 
 
+def test_one_looks_at_the_workspaces_own_page(workspace: Workspace, catalog: str) -> None:
+    lines = next_lines("", "", f"models:/{catalog}.chat@champion")
+    assert lines["Look"] == f"{workspace.address}/ml/experiments"
+
+
 def test_processes_take_turns(workspace: Workspace, catalog: str, tmp_path: Path) -> None:
     chat, prompt, checkpoint = names(catalog)
     for name in (chat, prompt, checkpoint):
         MlflowClient().create_registered_model(name)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.registry_state"])
+    context.set_forkserver_preload(["tests.registry_state", *STORES])
     processes = [
         context.Process(target=take_turns, args=(workspace.environment, pair, tmp_path))
         for pair in ([chat, checkpoint], [prompt, checkpoint])
