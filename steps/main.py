@@ -17,11 +17,13 @@ from typing import Any
 import mlflow
 from hydra.core.hydra_config import HydraConfig
 from mlflow.exceptions import ExecutionException
+from mlflow.utils.databricks_utils import get_databricks_host_creds
 
 from slm.config import ROOT, Config
 from slm.errors import StepError, ToldError, UserError
 from slm.evaluation.summary import show
 from slm.records import from_json
+from slm.registry.kinds import require_registry
 from slm.running.chain import PIPELINE, Link, kept
 from slm.running.command import entry_point
 from slm.running.run import Ask
@@ -137,15 +139,20 @@ def next_lines(work: str, report: str, registered: str) -> dict[str, str]:
     serve = f"PATH={shlex.quote(str(scripts))}:$PATH MLFLOW_TRACKING_URI={tracking} {serve}"
     if any(uri.startswith("file:") for uri in stores.values()):  # MLflow 3.17 wants to be told so
         look, serve = (f"MLFLOW_ALLOW_FILE_STORE=true {line}" for line in (look, serve))
+    if tracking.startswith("http"):
+        look = tracking
+    elif tracking.startswith("databricks"):
+        look = f"{get_databricks_host_creds(tracking).host}/ml/experiments"
     return {
         "Work": str(work_folder(work)),
         "Report": report,
-        "Look": tracking if tracking.startswith("http") else look,
+        "Look": look,
         "Serve": serve,
     }
 
 
 def main(config: Config) -> None:
+    require_registry(config.register)
     choices = HydraConfig.get().runtime.choices
     chain = Chain(config, choices["model"], choices["target"], overrides_for_children())
     with mlflow_run("main"):

@@ -38,7 +38,7 @@ def register(evaluation: Evaluation, settings: Register, holder: str) -> Registr
     """Make a version of each model, unless there is one; promote them, or say why not.
 
     `holder` names this run among all that want to write. Raises VerdictError after a failed
-    verdict, StepError if a version does not answer.
+    verdict, StepError if a right is missing, or if a version does not answer.
     """
     reasons = evaluation.reasons
     if evaluation.verdict == "failed" and not settings.failed:
@@ -46,7 +46,7 @@ def register(evaluation: Evaluation, settings: Register, holder: str) -> Registr
     client = MlflowClient()
     models = [LoggedModel.load(uri) for uri in (*evaluation.candidates, evaluation.reference)]
     entries = [entry_of(model, evaluation, settings) for model in models]
-    names = make_registered_models(client, entries)
+    names = make_registered_models(client, entries, holder)
     passed = evaluation.verdict == "passed"
     with turn(client, names, holder):
         versions = [version_of(client, entry) for entry in entries]

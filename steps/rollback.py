@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from slm.config import Config, Interface, Register
 from slm.errors import InputError, StepError
 from slm.records import from_json
+from slm.registry.kinds import require_rights, tag_limit
 from slm.registry.names import (
     CHAMPION,
     PLAN,
@@ -77,10 +78,11 @@ class Rollback:
 def rollback(names: list[str], request: Request, holder: str) -> Rollback:
     """Go back one step, or finish an earlier run's. `holder` names this run among all that write.
 
-    Raises InputError if there is nothing to go back to, StepError if the champion changed
-    meanwhile: whoever asked for this did not see the new one.
+    Raises InputError if there is nothing to go back to, StepError if a right is missing, or if the
+    champion changed meanwhile: whoever asked for this did not see the new one.
     """
     client = MlflowClient()
+    require_rights(client, names, holder)
     seen = {name: aliases_of(client, name).get(CHAMPION) for name in names}
     with turn(client, names, holder):
         plan = unfinished(client, names)
@@ -92,7 +94,7 @@ def rollback(names: list[str], request: Request, holder: str) -> Rollback:
                         "Look at it, and roll back again if it has to go."
                     )
             plan = plan_of(client, names, request)
-            client.set_registered_model_tag(names[0], PLAN, json.dumps(asdict(plan)))
+            client.set_registered_model_tag(names[0], PLAN, tag_of(plan))
         for step in plan.steps:
             go_back(client, step, plan.tag)
     client.delete_registered_model_tag(names[0], PLAN)
@@ -148,6 +150,16 @@ def plan_of(client: MlflowClient, names: list[str], request: Request) -> Rollbac
     return Rollback(f"models:/{steps[0].name}@{CHAMPION}", steps=steps, **asdict(request))
 
 
+def tag_of(plan: Rollback) -> str:
+    """The plan as a tag; InputError if the reason is too long for that."""
+    text = json.dumps(asdict(plan))
+    if (excess := len(text) - tag_limit()) > 0:
+        raise InputError(
+            f"reason is {excess} characters too long for a tag of the registry. Say it in less."
+        )
+    return text
+
+
 def predecessors(client: MlflowClient, name: str, champion: str, previous: str) -> list[str]:
     """The previous version and those that it succeeded, newest first, without those rolled back."""
     there = {
@@ -182,7 +194,7 @@ def main(config: Config) -> None:
         names = registered_names(config.model.name, config.target.name, config.register)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         who = run.data.tags.get("mlflow.user", "")
-        request = Request(config.reason or "no reason given", now, who)
+        request = Request((config.reason or "").strip() or "no reason given", now, who)
         result = rollback(names, request, run.info.run_id)
         mlflow.set_tags({"reason": result.tag, "restored": result.uri})
         mlflow.log_dict({"outcome": asdict(result)}, "result.json")

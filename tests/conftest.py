@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlflow
 import pytest
@@ -36,6 +36,9 @@ from slm.records import (
 )
 from slm.running.command import heed_another_source, split_overrides
 from tests.checkpoints import write_as_phi3, write_tiny
+
+if TYPE_CHECKING:
+    from tests.databricks import Workspace
 
 T = TypeVar("T")
 
@@ -113,6 +116,15 @@ def project(tmp_path: Path) -> Project:
     """An empty project for a test that makes its own mess."""
     create_experiment(tmp_path)
     return Project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Workspace"]:
+    """A Databricks workspace's stand-in; what uses it is of the xdist_group `databricks`."""
+    from tests.databricks import Workspace
+
+    with Workspace(tmp_path_factory.mktemp("databricks")) as workspace:
+        yield workspace
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,5 @@
 """A real tracking server on loopback, with its own artifact store, and PostgreSQL behind it."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +21,7 @@ from tests.registry_state import (
     seen,
     start_register,
 )
+from tests.servers import Server
 
 
 @dataclass(frozen=True)
@@ -39,39 +33,6 @@ class Remote(Project):
     @property
     def tracking_uri(self) -> str:
         return self.address
-
-
-class Server:
-    """`mlflow server`, which can be killed and started again at the same address."""
-
-    def __init__(self, database: str, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{self.port}"
-        self.command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-        self.command += ["--port", str(self.port), "--workers", "1"]
-        self.command += ["--backend-store-uri", database]
-        self.command += ["--artifacts-destination", str(folder / "artifacts")]
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0
-        )
-        while not self.is_up():
-            assert self.process.poll() is None
-            time.sleep(0.2)
-
-    def is_up(self) -> bool:
-        try:
-            return urllib.request.urlopen(f"{self.address}/health").status == 200
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture

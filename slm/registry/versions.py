@@ -5,6 +5,7 @@ import logging
 import math
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -14,13 +15,21 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from slm.config import Register
 from slm.digests import digest_of
-from slm.errors import InputError, StepError
+from slm.errors import InputError, StepError, one_line
 from slm.evaluation.metrics import base_name, is_of_harness
 from slm.proof import prove
 from slm.records import Evaluation, LoggedModel
 from slm.registry import names
-from slm.registry.names import aliases_of, cut, registered_name, version_uri
-from slm.running.tracking import TEXT_LIMIT, logged_model_exists, store_variables
+from slm.registry.kinds import denied, is_unity_catalog, require_rights, tag_limit
+from slm.registry.names import (
+    aliases_of,
+    cut,
+    logged_model_of,
+    registered_model,
+    registered_name,
+    version_uri,
+)
+from slm.running.tracking import logged_model_exists, store_variables
 
 log = logging.getLogger("slm.registry")
 
@@ -49,7 +58,7 @@ def entry_of(model: LoggedModel, evaluation: Evaluation, settings: Register) -> 
             "the reference that its ONNX models are held against."
         )
     tags = provenance_tags(model) | judged | {names.CONDITIONS: evaluation.conditions}
-    tags = {key: cut(value) for key, value in tags.items() if value}
+    tags = {key: cut(value, tag_limit()) for key, value in tags.items() if value}
     return Entry(model, registered_name(model, settings), tags, cut(description))
 
 
@@ -66,6 +75,7 @@ def provenance_tags(model: LoggedModel) -> dict[str, str]:
         names.LICENCE: origin.licence,
         names.VERSIONS: json.dumps(provenance.versions),
         names.SHA256: json.dumps(weights),
+        names.LOGGED_MODEL: model.model_id,
     }
 
 
@@ -83,23 +93,30 @@ def metrics_tag(metrics: dict[str, float]) -> str:
     """Metrics as JSON, for readers; details are left out if they are too many for a tag."""
     details_last = sorted(metrics, key=lambda name: base_name(name) != name or is_of_harness(name))
     finite = {k: float(f"{metrics[k]:.6g}") for k in details_last if math.isfinite(metrics[k])}
-    while len(text := json.dumps(finite)) > TEXT_LIMIT:
+    while len(text := json.dumps(finite)) > tag_limit():
         finite.popitem()
     return text
 
 
-def make_registered_models(client: MlflowClient, entries: list[Entry]) -> list[str]:
-    """Create the registered models that are missing; return their names, one for each entry."""
+def make_registered_models(client: MlflowClient, entries: list[Entry], holder: str) -> list[str]:
+    """Create the registered models that are missing; return their names, one for each entry.
+
+    `holder` names this run. Raises StepError, before anything is written, if a right is missing.
+    """
     registered = [entry.name for entry in entries]
     if len(set(registered)) < len(registered):
         raise InputError(
             f"register.name_template and reference_name_template give {', '.join(registered)}: the "
             "models need names of their own. Put {interface} into the template."
         )
-    for name in registered:
+    missing = [name for name in registered if registered_model(client, name) is None]
+    require_rights(client, [name for name in registered if name not in missing], holder)
+    for name in missing:
         try:
             client.create_registered_model(name)
         except MlflowException as error:
+            if error.error_code == "PERMISSION_DENIED":
+                raise StepError(denied(f"create {name}", error)) from error
             if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
                 raise
     return registered
@@ -108,31 +125,56 @@ def make_registered_models(client: MlflowClient, entries: list[Entry]) -> list[s
 def version_of(client: MlflowClient, entry: Entry) -> ModelVersion:
     """The version of this content, and of this verdict if it is the ONNX model's; made if need be.
 
-    Unity Catalog finds versions by name only, and without their tags.
+    Unity Catalog finds versions by name only, and without their tags. It has files of its own; in
+    other registries, a version is as good as its logged model.
     """
     same = [names.CONTENT, names.VERDICT] if entry.model.is_onnx else [names.CONTENT]
     found = mlflow.search_model_versions(filter_string=f"name = '{entry.name}'")
     for number in sorted(int(version.version) for version in found if version.status == "READY"):
         version = client.get_model_version(entry.name, str(number))
-        logged_model = str(version.source).removeprefix("models:/")
-        if all(version.tags.get(tag) == entry.tags[tag] for tag in same) and logged_model_exists(
-            logged_model
+        if all(version.tags.get(tag) == entry.tags[tag] for tag in same) and (
+            is_unity_catalog() or logged_model_exists(logged_model_of(version))
         ):
             log.info("register: %s version %d holds this content already", entry.name, number)
             refresh(client, version, entry)
             break
     else:
-        version = client.create_model_version(
-            entry.name,
-            entry.model.uri,
-            tags=entry.tags,
-            description=entry.description,
-            model_id=entry.model.model_id,
-        )
+        version = make_version(client, entry)
         log.info("register: made %s version %s", entry.name, version.version)
-    if version.source == entry.model.uri:
+    if logged_model_of(version) == entry.model.model_id:
         link(client, version)
     return version
+
+
+def make_version(client: MlflowClient, entry: Entry) -> ModelVersion:
+    """Make a version; in Unity Catalog from a copy of the logged model's files.
+
+    MLflow 3.17 uploads to Unity Catalog from the logged model's own folder if that lies on this
+    machine: it writes into the folder, and deletes it if its place is a file: URI. Waits for a
+    public way to say where a copy lies. Raises StepError if the client of the cloud's storage is
+    missing; the version then stays pending, and a later run passes it over.
+    """
+    says: dict[str, Any] = {
+        "name": entry.name,
+        "source": entry.model.uri,
+        "tags": entry.tags,
+        "description": entry.description,
+        "model_id": entry.model.model_id,
+    }
+    if not is_unity_catalog():
+        return client.create_model_version(**says)
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = mlflow.artifacts.download_artifacts(artifact_uri=entry.model.uri, dst_path=scratch)
+        try:
+            return client._create_model_version(**says, local_model_path=copy)
+        except MlflowException as error:
+            if not isinstance(error.__cause__, ImportError):
+                raise
+            raise StepError(
+                f"the files of {entry.name} cannot be sent to Unity Catalog's storage: "
+                f"{one_line(error.__cause__)}. Install 'mlflow[databricks]=={mlflow.__version__}', "
+                "and run it again."
+            ) from error
 
 
 def refresh(client: MlflowClient, version: ModelVersion, entry: Entry) -> None:
@@ -146,7 +188,7 @@ def refresh(client: MlflowClient, version: ModelVersion, entry: Entry) -> None:
 
 def link(client: MlflowClient, version: ModelVersion) -> None:
     """Let the logged model's page show the version, as mlflow.register_model does."""
-    model = mlflow.get_logged_model(str(version.source).removeprefix("models:/"))
+    model = mlflow.get_logged_model(logged_model_of(version))
     linked = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
     this = {"name": version.name, "version": str(version.version)}
     if this not in [{**one, "version": str(one["version"])} for one in linked]:

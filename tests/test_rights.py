@@ -1,0 +1,74 @@
+"""A tracking server with MLflow's basic authentication, and a user of few rights."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.server import get_app_client
+
+import steps.register
+from slm.errors import StepError
+from tests.conftest import Project, composed
+from tests.registry_state import CHAT, CHECKPOINT, PROMPT, state
+from tests.servers import Server
+from tests.tiny_models import evaluated
+
+ADMIN, USER = ("admin", "of-these-tests-1"), ("user", "of-these-tests-2")
+SETTINGS = """[mlflow]
+default_permission = READ
+database_uri = sqlite:///{folder}/users.db
+admin_username = {admin[0]}
+admin_password = {admin[1]}
+auth_cache_ttl_seconds = 600
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    settings = tmp_path / "auth.ini"
+    settings.write_text(SETTINGS.format(folder=tmp_path, admin=ADMIN))
+    options = ["--app-name", "basic-auth", "--artifacts-destination", str(tmp_path / "artifacts")]
+    server = Server(
+        f"sqlite:///{tmp_path / 'mlflow.db'}",
+        tmp_path,
+        *options,
+        MLFLOW_AUTH_CONFIG_PATH=str(settings),
+        MLFLOW_FLASK_SERVER_SECRET_KEY="of these tests",
+    )
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(server.address)
+    yield server
+    mlflow.set_tracking_uri(before)
+    server.kill()
+
+
+def test_who_may_edit_and_not_delete_is_told_so_and_chat_and_prompt_stay_together(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slm.registry.versions.prove", lambda *_, **__: None)
+    act_as(monkeypatch, *ADMIN)
+    rights = get_app_client("basic-auth", tracking_uri=server.address)
+    rights.create_user(*USER)
+    experiment = mlflow.set_experiment("tests").experiment_id
+    rights.grant_user_permission(USER[0], "experiment", experiment, "EDIT")
+    settings = composed().register
+    first = evaluated("first")
+    assert steps.register.register(first, settings, "first").promoted
+    for name in (CHAT, PROMPT, CHECKPOINT):
+        rights.grant_user_permission(USER[0], "registered_model", name, "EDIT")
+    champion = {"champion": f"models:/{CHAT}/1", "champion_metrics": first.candidate_metrics}
+
+    act_as(monkeypatch, *USER)
+    second = evaluated("second", **champion)
+    before = state(Project(server.folder))
+    words = f"you may not delete aliases of {CHAT}; nothing was changed. Ask for .* MANAGE on it"
+    with pytest.raises(StepError, match=words):
+        steps.register.register(second, settings, "second")
+    assert state(Project(server.folder)) == before
+
+
+def act_as(monkeypatch: pytest.MonkeyPatch, name: str, password: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", name)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
