@@ -2,8 +2,8 @@
 
     MODEL_URI=models:/my-model-cpu-int4-rtn-block-32-acc-level-4-chat@champion python serve_model.py
 
-For a container, where this is process 1: the server takes its place, so that SIGTERM reaches it and
-the requests under way are answered first. `mlflow models serve` (3.17) as process 1 ignores SIGTERM.
+For a container, where this is process 1: the server takes its place, so that SIGTERM reaches it,
+and requests under way are answered first. `mlflow models serve` (3.17.2) as process 1 ignores it.
 """
 
 import os
