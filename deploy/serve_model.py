@@ -9,6 +9,7 @@ and requests under way are answered first. `mlflow models serve` (3.17.2) as pro
 import os
 import shlex
 import sys
+from typing import Any
 
 import mlflow
 from mlflow.pyfunc import scoring_server
@@ -19,9 +20,8 @@ PORT = 8080  # of the image that `mlflow models build-docker` makes
 def serve_model(uri: str, workers: int) -> None:
     """Download the model, and become its server."""
     folder = mlflow.artifacts.download_artifacts(artifact_uri=uri)
-    command, environment = scoring_server.get_cmd(
-        folder, port=PORT, host="0.0.0.0", nworkers=workers
-    )
+    host: Any = "0.0.0.0"  # MLflow 3.17.2 annotates it as an int
+    command, environment = scoring_server.get_cmd(folder, PORT, host, nworkers=workers)
     program, *arguments = shlex.split(command)
     os.execvpe(program, [program, *arguments], environment)
 
