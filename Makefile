@@ -7,7 +7,9 @@ UV := $(shell sed -n 's/^uv==/uv==/p' requirements.txt)
 # uv is told what pip is told of package indexes.
 TOLD := UV_FIND_LINKS="$$PIP_FIND_LINKS" UV_DEFAULT_INDEX="$$PIP_INDEX_URL" UV_INDEX="$$PIP_EXTRA_INDEX_URL"
 
-.PHONY: run test lint format bench bench-export clean
+.PHONY: setup run test lint lint-deploy format bench bench-export clean
+
+setup: $(READY)  ## .venv alone
 
 run: $(READY)  ## package the default model for the default target
 	PATH="$(BIN):$$PATH" mlflow run . --env-manager local
@@ -19,6 +21,17 @@ lint: $(READY)
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/mypy"
+
+# Each tool runs in an environment of requirements-deploy.txt, which uv keeps in its cache.
+CHECK := $(TOLD) "$(BIN)/uv" run --quiet --no-project --isolated --python "$(BIN)/python" --with-requirements requirements-deploy.txt
+
+lint-deploy: $(READY)  ## the files of deploy/ and the workflow, as their platforms read them
+	$(CHECK) hadolint deploy/Dockerfile
+	$(CHECK) kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
+	$(CHECK) check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(CHECK) zizmor --offline --quiet .github/workflows
+	$(CHECK) python -c 'from azure.ai.ml import load_online_deployment, load_online_endpoint; \
+		load_online_endpoint("deploy/azureml/endpoint.yml"); load_online_deployment("deploy/azureml/deployment.yml")'
 
 format: $(READY)
 	"$(BIN)/ruff" check --fix .
