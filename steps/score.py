@@ -36,7 +36,7 @@ from slm.scoring.rows import (
     rows_of_parts,
     with_keys,
 )
-from slm.scoring.spark import cores_of_a_task, shipped, spark_session, tasks_at_once
+from slm.scoring.spark import cores_of_a_task, ship, spark_session, tasks_at_once
 from slm.scoring.tables import PART, Files, Manifest, Place, keeper_of, place_of, read
 from slm.scoring.worker import Work
 
@@ -77,29 +77,28 @@ def score(
         begun.require_same(manifest, output.name)
         manifest = begun
     expected = rows_of_parts(counts, manifest.parts)
-    with shipped(spark, folder) as name:
-        work = Work(
-            folder=name,
-            column=column,
-            holds_messages=holds_messages(table, column),
-            system=settings.system,
-            parameters=settings.parameters,
-            settings={"threads": cores_of_a_task(spark), **settings.settings},
-            prefix=settings.prefix,
-        )
+    work = Work(
+        folder=ship(spark, folder),
+        column=column,
+        holds_messages=holds_messages(table, column),
+        system=settings.system,
+        parameters=settings.parameters,
+        settings={"threads": cores_of_a_task(spark), **settings.settings},
+        prefix=settings.prefix,
+    )
 
-        def answers(part: int) -> "DataFrame":
-            chosen = part_of(rows, part, manifest.parts)
-            return keeper.fit(answered(chosen, tasks, work))
+    def answers(part: int) -> "DataFrame":
+        chosen = part_of(rows, part, manifest.parts)
+        return keeper.fit(answered(chosen, tasks, work))
 
-        like = spark.createDataFrame([], answers(0).schema)
-        if begun is None:
-            keeper.begin(manifest, like)
-        kept = keeper.rows_kept(like)
-        todo = {p: n for p, n in expected.items() if kept.get(p, 0) != n or not total}
-        start = time.monotonic()
-        answer_parts(keeper, answers, todo, expected)
-        seconds = time.monotonic() - start
+    like = spark.createDataFrame([], answers(0).schema)
+    if begun is None:
+        keeper.begin(manifest, like)
+    kept = keeper.rows_kept(like)
+    todo = {p: n for p, n in expected.items() if kept.get(p, 0) != n or not total}
+    start = time.monotonic()
+    answer_parts(keeper, answers, todo, expected)
+    seconds = time.monotonic() - start
     kept = keeper.rows_kept(like)
     if any(kept.get(part, 0) != n for part, n in expected.items()):
         raise StepError(

@@ -231,8 +231,8 @@ def test_a_catalog_table_is_read_and_written_and_gone_on_with(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["score.parameters={max_tokens: 9, temperature: 1.0, seed: 7}"], 'its parameters was {"max_tokens": 8'),
-        (["score.column=other"], "the input has no column other; it has id, prompt. Give score.column="),
+        (["score.parameters={max_tokens: 9}"], 'its parameters was {"max_tokens": 8, "seed": 7, '),
+        (["score.column=other"], "no column other; it has id, prompt. Give score.column="),
         (["score.column=id"], "column id holds bigint; "),
         (["score.id=nr"], "score.id is nr; the input has id, prompt"),
         (["input={folder}/nothing.parquet"], "nothing.parquet cannot be read: Path does not exist"),

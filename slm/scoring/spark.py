@@ -1,6 +1,7 @@
 """The Spark session: the one that is there, a cluster's, or one on this machine; and its errors."""
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -121,24 +122,29 @@ def tasks_at_once(spark: "SparkSession") -> int:
     return max(1, spark.sparkContext.defaultParallelism // cores_of_a_task(spark))
 
 
-@contextlib.contextmanager
-def shipped(spark: "SparkSession", model: Path) -> Iterator[str]:
+def ship(spark: "SparkSession", model: Path) -> str:
     """Send the model and the worker's code to the executors; what a Work calls the folder.
 
-    On this machine the model stays where it is.
+    On this machine the model stays where it is. A name is sent once in the life of a session, which
+    other processes may have used before: so names are this process's own.
     """
-    context = spark.sparkContext
-    with tempfile.TemporaryDirectory() as scratch:
-        code = Path(scratch) / f"slm-{digest_of([(ROOT / n).read_text() for n in SHIPPED])[:8]}.zip"
-        with zipfile.ZipFile(code, "w") as archive:
-            for name in SHIPPED:
-                archive.write(ROOT / name, name)
-        context.addPyFile(str(code))
-        if context.master.startswith("local"):
-            yield str(model.resolve())
-            return
-        packed = Path(scratch) / f"model-{digest_of(str(model))[:16]}.tar"
+    context, parcels = spark.sparkContext, Path(parcel_folder().name)
+    code = parcels / f"{parcels.name}.zip"
+    with zipfile.ZipFile(code, "w") as archive:
+        for name in SHIPPED:
+            archive.write(ROOT / name, name)
+    context.addPyFile(str(code))
+    if context.master.startswith("local"):
+        return str(model.resolve())
+    packed = parcels / f"{parcels.name}-{digest_of(str(model))[:16]}.tar"
+    if not packed.exists():
         with tarfile.open(packed, "w") as tar:
             tar.add(model, arcname="model")
-        context.addArchive(str(packed))
-        yield f"{packed.name}/model"
+    context.addArchive(str(packed))
+    return f"{packed.name}/model"
+
+
+@functools.cache
+def parcel_folder() -> tempfile.TemporaryDirectory[str]:
+    """Where executors fetch from, also those that come late: it lasts as long as the process."""
+    return tempfile.TemporaryDirectory(prefix="slm-score-")
