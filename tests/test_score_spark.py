@@ -156,7 +156,12 @@ def test_a_killed_run_goes_on_with_the_parts_that_are_not_done(
     prompts(200).to_parquet(tmp_path / "in.parquet")
     output = tmp_path / "out.parquet"
     arguments = ["model_uri=models:/tiny-chat@champion", f"input={tmp_path / 'in.parquet'}"]
-    arguments += [f"output={output}", PARAMETERS, "score.rows_per_part=5", "score.master=local[1]"]
+    arguments += [
+        f"output={output}",
+        PARAMETERS,
+        "score.rows_per_part=5",
+        "score.master='local[1]'",
+    ]
     command = [sys.executable, "-m", "steps.score", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, env=models.environment, stderr=subprocess.DEVNULL)
     while len(list(output.glob("score_part=*/_SUCCESS"))) < 3:

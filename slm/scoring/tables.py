@@ -229,7 +229,7 @@ class Delta(Files):
         from pyspark.sql import functions as F
 
         writer = frame.withColumn(PART, F.lit(part)).write.format("delta").mode("overwrite")
-        writer = writer.option("partitionOverwriteMode", "dynamic").partitionBy(PART)
+        writer = writer.option("replaceWhere", f"{PART} = {part}").partitionBy(PART)
         writer.save(self.place.name)
 
 
@@ -263,11 +263,12 @@ class CatalogTable(Files):
         return self.spark.table(self.place.name)
 
     def write(self, part: int, frame: "DataFrame") -> None:
-        from pyspark.sql import functions as F
-
-        ordered = frame.withColumn(PART, F.lit(part)).select(*self.answers(frame).columns)
-        writer = ordered.write.mode("overwrite").option("partitionOverwriteMode", "dynamic")
-        writer.insertInto(self.place.name)
+        columns = ", ".join(f"`{name}`" for name in self.answers(frame).columns if name != PART)
+        self.spark.sql(
+            f"INSERT OVERWRITE TABLE {self.place.name} PARTITION ({PART} = {part}) "
+            f"SELECT {columns} FROM {{answers}}",
+            answers=frame,
+        )
 
 
 def not_ours(place: Place) -> InputError:
