@@ -249,7 +249,7 @@ class CatalogTable(Files):
         text = {row.key: row.value for row in rows}.get(PROPERTY)
         if text is None:
             raise not_ours(self.place)
-        return Manifest.of(text, self.place.name)
+        return Manifest.of(bytes.fromhex(text).decode(), self.place.name)
 
     def begin(self, manifest: Manifest, like: "DataFrame") -> None:
         from pyspark.sql import functions as F
@@ -257,7 +257,8 @@ class CatalogTable(Files):
         empty = like.limit(0).withColumn(PART, F.lit(0))
         source = self.spark.conf.get("spark.sql.sources.default", "parquet")
         writer = empty.writeTo(self.place.name).using(source).partitionedBy(F.col(PART))
-        writer.tableProperty(PROPERTY, manifest.json()).create()
+        # In hex, since Spark 4.3 shows no property whose value holds the word "token".
+        writer.tableProperty(PROPERTY, manifest.json().encode().hex()).create()
 
     def answers(self, _: "DataFrame") -> "DataFrame":
         return self.spark.table(self.place.name)
