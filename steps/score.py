@@ -180,6 +180,8 @@ def main(config: Config) -> Scored:
         log_parameters("score", config, shared=())
         with spark_session(config.score) as spark:
             result = score(spark, folder, source, output, config.score)
+        rows = result.rows, result.errors, result.uri
+        log.info("score: %d rows, %d of them with an error, are in %s", *rows)
         mlflow.log_metrics(numbers(result))
         mlflow.log_dict({"outcome": asdict(result)}, "result.json")
     return result
