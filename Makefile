@@ -2,12 +2,13 @@
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PYTHON ?= $(firstword $(foreach v,3.11 3.12,$(shell python$(v) -c 'import sys; print(sys.executable)' 2>/dev/null)) python3)
+SPARK := .venv-spark
 READY := $(VENV)/.ready-$(shell cksum < requirements.txt | cut -d' ' -f1)
 UV := $(shell sed -n 's/^uv==/uv==/p' requirements.txt)
 # uv is told what pip is told of package indexes.
 TOLD := UV_FIND_LINKS="$$PIP_FIND_LINKS" UV_DEFAULT_INDEX="$$PIP_INDEX_URL" UV_INDEX="$$PIP_EXTRA_INDEX_URL"
 
-.PHONY: setup run test lint lint-deploy format bench bench-export clean
+.PHONY: setup run test test-spark lint lint-deploy format bench bench-export bench-score clean
 
 setup: $(READY)  ## .venv alone
 
@@ -16,6 +17,9 @@ run: $(READY)  ## package the default model for the default target
 
 test: lint  ## checks, then the tests on the real small model
 	"$(BIN)/python" -m pytest -n 2 --dist loadgroup
+
+test-spark: $(SPARK)/.ready  ## score on a real standalone cluster; Java 17 is needed
+	"$(CURDIR)/$(SPARK)/bin/python" -m pytest tests/test_score_spark.py
 
 lint: $(READY)
 	"$(BIN)/ruff" check .
@@ -47,11 +51,22 @@ $(READY): requirements.txt
 		|| "$(BIN)/pip" install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+# The packages of .venv, and Spark beside them.
+$(SPARK)/.ready: $(READY) requirements-spark.txt
+	@echo "Setting up $(SPARK): 0.5 GB besides $(VENV)" >&2
+	@$(PYTHON) -m venv --clear $(SPARK)
+	@"$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(SPARK)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
+	@$(TOLD) "$(BIN)/uv" pip install --python $(SPARK)/bin/python -r requirements-spark.txt $$([ -t 2 ] || echo --quiet)
+	@touch $@
+
 bench: run  ## the packaged models against a bare loop, the checkpoint and peers
 	"$(BIN)/python" -m bench
 
 bench-export: $(READY)  ## seconds and memory of exports by size
 	"$(BIN)/python" -m bench.export
+
+bench-score: run $(SPARK)/.ready  ## rows/s of score on one and two executors
+	"$(CURDIR)/$(SPARK)/bin/python" -m bench.score models:/smollm2-135m-instruct-cpu-int4-rtn-block-32-acc-level-4-chat@champion
 
 clean:  ## remove the outcomes of steps, but for what a live run uses; MLflow's own store stays
 	@test -x "$(BIN)/python" || { echo "make clean needs $(VENV): make lint sets it up. Or remove the work folder yourself (README)." >&2; exit 1; }

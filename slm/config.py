@@ -4,7 +4,7 @@ import enum
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from omegaconf import MISSING, OmegaConf
 from platformdirs import user_cache_path
 
 from slm.errors import InputError
-from slm_pyfunc.parameters import Parameters
+from slm_pyfunc.parameters import Parameters, RequestError
 from slm_pyfunc.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 WINDOW = 512  # tokens that calibration reads at a time
+# Parameters that a row of a table cannot have: it holds one text, and no log-probabilities.
+UNSCORED = ("n", "schema", "logprobs", "top_logprobs")
 
 
 class ExecutionProvider(enum.Enum):
@@ -325,6 +327,78 @@ class Register:
                 )
 
 
+class Format(enum.Enum):
+    """How a table is stored: files in one of Spark's formats, or a table of its catalog."""
+
+    parquet = "parquet"
+    csv = "csv"
+    json = "json"  # JSON Lines
+    delta = "delta"
+    table = "table"
+
+
+@dataclass
+class Score:
+    """How a table is answered with Spark.
+
+    `column` holds prompts or conversations; null takes `messages`, else `prompt`. A row's seed
+    follows from `parameters.seed` and the column `id`, or without one from the whole row.
+    `parameters` are those of every request; the seed is 0 unless given. `system` is put before
+    conversations without a system message. `settings` are the model's on each executor (Settings),
+    `cache_mb` is 256 unless given. Formats are told by the suffix if null. `prefix` goes before the
+    names of the added columns.
+
+    Rows are answered and kept in parts of about `rows_per_part` (null: 256 for each task that runs
+    at once). `master` is a cluster's `spark://host:port`; null takes the session that is there, or
+    what spark-defaults.conf says, or this machine. Each executor of `executor_cores` holds one copy
+    of the weights; null is all cores on this machine, and what the cluster says on a cluster.
+    """
+
+    column: str | None = None
+    id: str | None = None
+    parameters: Any = None
+    system: str | None = None
+    settings: Any = None
+    input_format: Format | None = None
+    output_format: Format | None = None
+    prefix: str = ""
+    rows_per_part: int | None = None
+    master: str | None = None
+    executor_cores: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("parameters", "settings"):
+            if not isinstance(value := getattr(self, key) or {}, dict):
+                raise InputError(f"score.{key} is {value!r}; it must be {{name: value, …}}.")
+        self.parameters = {"seed": 0, **(self.parameters or {})}
+        self.settings = {"cache_mb": 256, **(self.settings or {})}
+        valid = [f.name for f in fields(Parameters) if f.name not in UNSCORED]
+        valid = [*valid, "response_format"]
+        for name in self.parameters:
+            if name not in valid:
+                hint = " The system prompt is score.system." if name == "system" else ""
+                raise InputError(
+                    f"score.parameters: {name!r} is unknown; valid: {', '.join(valid)}.{hint}"
+                )
+        try:
+            Parameters.of(self.parameters)
+        except RequestError as error:
+            raise InputError(f"score.parameters: {error}.") from error
+        try:
+            Settings(**self.settings)
+        except TypeError as error:
+            valid = [f.name for f in fields(Settings)]
+            raise InputError(
+                f"score.settings has {', '.join(self.settings)}; valid: {', '.join(valid)}."
+            ) from error
+        except ValueError as error:
+            raise InputError(f"score.settings: {error}.") from error
+        for key in ("rows_per_part", "executor_cores"):
+            value = getattr(self, key)
+            if isinstance(value, int) and value < 1:
+                raise InputError(f"score.{key} is {value}; it must be at least 1.")
+
+
 @dataclass
 class Clean:
     """What `clean` removes of the work folder, the longest unused first.
@@ -359,6 +433,7 @@ class Config:
 
     `candidate` may be several, as a list: the interfaces of one ONNX model. `reason` says why to
     roll back. `force` names the steps to do again, `summary` the file for how the command ended.
+    `score` reads a table at `input`, asks the model at `model_uri`, and writes `output`.
     """
 
     model: Model = field(default_factory=Model)
@@ -368,6 +443,7 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
     register: Register = field(default_factory=Register)
     clean: Clean = field(default_factory=Clean)
+    score: Score = field(default_factory=Score)
     paths: Paths = field(default_factory=Paths)
     source: str | None = None
     candidate: Any = None
@@ -375,6 +451,9 @@ class Config:
     reason: str | None = None
     force: Any = None
     summary: str | None = None
+    model_uri: str | None = None
+    input: str | None = None
+    output: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.candidate, str):

@@ -270,3 +270,22 @@ class Registration:
     versions: list[RegisteredVersion]
     promoted: bool
     reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A table that was answered by `model`; `uri` is where the answers are.
+
+    Rows, errors and tokens are those of the whole table; of its rows, `answered_rows` were answered
+    by this run, the others before.
+    """
+
+    uri: str
+    model: str
+    rows: int
+    errors: int
+    prompt_tokens: int
+    completion_tokens: int
+    parts: int
+    answered_rows: int
+    rows_per_s: float

@@ -158,8 +158,10 @@ def end_run_with_error(
             mlflow.end_run(status)
 
 
-def log_parameters(name: str, config: Config) -> None:
-    """Log the configuration that the step reads, under dotted names."""
+def log_parameters(
+    name: str, config: Config, shared: tuple[str, ...] = ("model", "target", "paths")
+) -> None:
+    """Log the configuration that the step reads, under dotted names; `shared` besides its own."""
     values: dict[str, Any] = {}
 
     def flatten(prefix: str, node: Any) -> None:
@@ -170,8 +172,9 @@ def log_parameters(name: str, config: Config) -> None:
             values[prefix] = node
 
     flatten("", OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
-    inputs = {k: values.pop(k) for k in ("source", "candidate", "reference") if k in values}
-    groups = {"model", "target", "paths", name.removesuffix("_onnx")}  # export_onnx reads `export`
+    names = ("source", "candidate", "reference", "model_uri", "input", "output")
+    inputs = {k: values.pop(k) for k in names if k in values}
+    groups = {*shared, name.removesuffix("_onnx")}  # export_onnx reads `export`
     mlflow.log_params(
         {re.sub(r"[^\w./ :-]", "_", k): v for k, v in values.items() if k.split(".")[0] in groups}
     )

@@ -1,0 +1,1 @@
+"""Answering tables with Spark: steps/score.py is the door."""
