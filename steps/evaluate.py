@@ -49,6 +49,7 @@ from slm.registry.names import (
 )
 from slm.running.command import entry_point
 from slm.running.run import run_step
+from slm.running.tracking import shown_tracking_uri
 from slm.running.work import versions
 
 
@@ -246,7 +247,7 @@ def main(config: Config) -> Evaluation:
             "conditions": conditions,
             "remeasure_champion": config.evaluate.remeasure_champion,
             "gates": {name: asdict(gate) for name, gate in gates_of(config).items()},
-            "tracking": mlflow.get_tracking_uri(),
+            "tracking": shown_tracking_uri(),
         },
         make=lambda folder: evaluate(inputs, conditions, config, folder),
         still_there=is_complete,

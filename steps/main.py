@@ -18,6 +18,7 @@ from typing import Any
 import mlflow
 from hydra.core.hydra_config import HydraConfig
 from mlflow.exceptions import ExecutionException
+from omegaconf import OmegaConf
 
 from slm.config import ROOT, Config
 from slm.errors import StepError, ToldError, UserError
@@ -30,9 +31,10 @@ from slm.records import (
     Registration,
     from_json,
 )
+from slm.redaction import redacted
 from slm.running.command import entry_point
 from slm.running.run import ONLY_KEPT
-from slm.running.tracking import mlflow_run, shown, store_variables
+from slm.running.tracking import mlflow_run, store_variables
 from slm.running.work import NotKept, Outcome, T, enum_value, work_folder
 
 log = logging.getLogger("slm.main")
@@ -134,19 +136,24 @@ def package(chain: Chain) -> tuple[Evaluation, Registration]:
 
 
 def overrides_for_children() -> list[str]:
-    """The overrides of this command, but for model and target, which children get by name."""
+    """The overrides of this command, but for model and target, which children get by name.
+
+    As they were given: `${oc.env:SOURCE}` is looked up by each child, and stands so in its
+    parameters.
+    """
     hydra = HydraConfig.get()
     search_path = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
     own_conf = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     search_path += [f"hydra.searchpath=[file://{path}]" for path in own_conf]
-    own = [o for o in hydra.overrides.task if not o.startswith(("model=", "target="))]
+    given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    own = [o for o in given if not o.startswith(("model=", "target="))]
     return [*search_path, *own]
 
 
 def next_lines(work: str, report: str, registered: str) -> dict[str, str]:
     """Where things lie, and what to do next: commands that work in any terminal and folder."""
     stores = store_variables()
-    tracking, registry = (shlex.quote(shown(uri)) for uri in stores.values())
+    tracking, registry = (shlex.quote(redacted(uri)) for uri in stores.values())
     scripts = Path(sys.executable).parent
     mlflow_command = shlex.quote(str(scripts / "mlflow"))
     look = f"{mlflow_command} ui --backend-store-uri {tracking}"

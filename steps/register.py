@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from slm.config import Config, Register
 from slm.errors import StepError
 from slm.records import Evaluation, LoggedModel, RegisteredVersion, Registration
+from slm.redaction import redacted
 from slm.registry.names import CHALLENGER, CHAMPION, aliases_of
 from slm.registry.promotion import drop_challenger, nominate, settle
 from slm.registry.turns import turn
@@ -119,7 +120,7 @@ def main(config: Config) -> Registration:
         key={
             "evaluation": evaluation.json(),
             "register": asdict(config.register),
-            "registry": mlflow.get_registry_uri(),
+            "registry": redacted(mlflow.get_registry_uri()),
         },
         make=make,
         still_there=is_registered,

@@ -378,7 +378,9 @@ def log_onnx(onnx: Path, max_tokens: int, *interfaces: Interface) -> list[Logged
 
     config = composed(f"log_pyfunc.max_tokens={max_tokens}")
     requirements = runtime_requirements(config.target.runtime_package)
-    packaging = Packaging(config.model.name, config.target, config.log_pyfunc, requirements)
+    packaging = Packaging(
+        config.model.name, config.target, config.log_pyfunc, requirements, config.signing
+    )
     return [log_interface(i, onnx, read_provenance(onnx), packaging) for i in interfaces]
 
 

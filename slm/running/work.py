@@ -25,7 +25,7 @@ from slm.records import from_json
 log = logging.getLogger("slm.work")
 
 # Modules that shape how a step is run, but not its outcome: a change to them makes nothing anew.
-APART_FROM_OUTCOMES = ("slm.config", "slm.errors", "slm.records", "slm.running")
+APART_FROM_OUTCOMES = ("slm.config", "slm.errors", "slm.records", "slm.redaction", "slm.running")
 
 
 class Outcome(Protocol):
