@@ -6,13 +6,16 @@ an elliptic curve. It is made before the model is uploaded, and slm_pyfunc/verif
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import mlflow
+
 from slm.config import Signing
 from slm.digests import digest_file
-from slm.errors import InputError, one_line
+from slm.errors import InputError, StepError, one_line
 from slm.records import LoggedModel
 from slm.running.work import versions
 from slm_pyfunc.verify import SIGNATURE, UNSIGNED, SignatureError, verify
@@ -85,6 +88,23 @@ def require_key_to_sign(signing: Signing) -> None:
             f"signing.public_key={signing.public_key} is set, and signing.private_key is not: "
             "register would refuse the unsigned model. Set both, or neither."
         )
+
+
+def require_signed(uris: list[str], signing: Signing) -> None:
+    """Raise StepError unless each model is, file by file, as the owner of the public key signed it.
+
+    Does nothing if none is configured. Models are downloaded, unless their store is a folder here.
+    """
+    for uri in uris if signing.public_key else []:
+        with tempfile.TemporaryDirectory() as scratch:
+            before, tempfile.tempdir = tempfile.tempdir, scratch  # where MLflow leaves its copies
+            try:
+                folder = mlflow.artifacts.download_artifacts(artifact_uri=uri)
+                verify(Path(folder), Path(str(signing.public_key)))
+            except SignatureError as error:
+                raise StepError(f"{uri} is not to be trusted: {one_line(error)}.") from error
+            finally:
+                tempfile.tempdir = before
 
 
 def verifier_requirements(signing: Signing) -> list[str]:

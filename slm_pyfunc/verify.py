@@ -42,12 +42,24 @@ def verify(model: Path, public_key: Path) -> None:
         raise SignatureError(f"the model is not signed: it has no {SIGNATURE}")
     try:
         verifier.verify(model, model / SIGNATURE)
-    except (InvalidSignature, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InvalidSignature) or "Key mismatch" in str(error):
-            words = f"{SIGNATURE} was not made with the key of {public_key}"
-        else:  # without the digests, which model-signing 1.1 shows as bytes
-            words = re.sub(r": Expected 'Digest.*?(?=\", \"|\"\]|$)", "", str(error))
-        raise SignatureError(f"the model is not as it was signed: {words}") from error
+    except InvalidSignature as error:
+        raise SignatureError(foreign_key(public_key)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        if "Key mismatch" in str(error):
+            raise SignatureError(foreign_key(public_key)) from error
+        raise SignatureError(f"the model is not as it was signed: {differences(error)}") from error
+
+
+def foreign_key(public_key: Path) -> str:
+    return f"{SIGNATURE} was not made with the key of {public_key}"
+
+
+def differences(error: Exception) -> str:
+    """Which files differ; model-signing 1.1 says it in English, with digests as bytes."""
+    text = str(error)
+    others = re.findall(r"(?:Extra|Missing) files[^\"\]]+", text)
+    changed = re.findall(r"Hash mismatch for \\?'(.+?)\\?': Expected", text)
+    return "; ".join([*others, *(f"{name} was changed" for name in changed)]) or text
 
 
 def verify_at_load(model: Path) -> None:
