@@ -421,6 +421,27 @@ class Clean:
 
 
 @dataclass
+class Signing:
+    """The keys, as paths, that sign logged models and verify them; null for unsigned models."""
+
+    private_key: str | None = None
+    public_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.private_key and not self.public_key:
+            raise InputError(
+                f"signing.private_key={self.private_key} is set, and signing.public_key is not: "
+                "register and the model itself verify with it. Set both."
+            )
+        for name in ("private_key", "public_key"):
+            if key := getattr(self, name):
+                path = ROOT / Path(key).expanduser()
+                if not path.is_file():
+                    raise InputError(f"signing.{name}={key}: no such file.")
+                setattr(self, name, str(path))
+
+
+@dataclass
 class Paths:
     """`work` holds the outcomes of steps, by content: `<work>/<step>/<key>/`."""
 
@@ -444,6 +465,7 @@ class Config:
     register: Register = field(default_factory=Register)
     clean: Clean = field(default_factory=Clean)
     score: Score = field(default_factory=Score)
+    signing: Signing = field(default_factory=Signing)
     paths: Paths = field(default_factory=Paths)
     source: str | None = None
     candidate: Any = None

@@ -8,6 +8,8 @@ import errno
 
 from mlflow.exceptions import MlflowException
 
+from slm.redaction import redacted
+
 
 class UserError(Exception):
     """The base of the errors that are shown as one line; a command exits with its `exit_code`."""
@@ -79,5 +81,5 @@ def words_for(error: BaseException) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of any exception in one line, its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of any exception in one line, without secrets; its type where it has none."""
+    return redacted(" ".join(str(error).split())) or type(error).__name__

@@ -11,14 +11,17 @@ from mlflow.pyfunc import PythonModelContext
 from .engine.runtime import Runtime
 from .engine.scheduler import Busy
 from .parameters import AT_LOAD, RequestError
+from .verify import verify_at_load
 
 
 def open_runtime(context: PythonModelContext) -> Runtime:
     """Load the model's ONNX folder as its `model_config` says, at load or as it was logged."""
+    onnx = Path(context.artifacts["onnx"])
+    verify_at_load(onnx.parents[1])
     config = dict(context.model_config)
     config.pop("model_name", None)
     defaults = {name: config.pop(name) for name in AT_LOAD if name in config}
-    return Runtime(Path(context.artifacts["onnx"]), defaults=defaults, **config)
+    return Runtime(onnx, defaults=defaults, **config)
 
 
 @contextmanager

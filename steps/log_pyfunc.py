@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import mlflow
+from mlflow.models import Model
 
-from slm.config import ROOT, Config, Interface, LogPyfunc, Target
+from slm.config import ROOT, Config, Interface, LogPyfunc, Signing, Target
 from slm.digests import (
     Provenance,
     digest_files,
@@ -36,9 +37,11 @@ from slm.running.command import entry_point
 from slm.running.run import run_step
 from slm.running.tracking import local_path, logged_model_exists, shown_tracking_uri
 from slm.running.work import versions, work_folder
+from slm.seal import Sealed, require_key_to_sign, signed_by, verifier_requirements
 from slm_pyfunc.parameters import AT_LOAD
 from slm_pyfunc.settings import Settings
 from slm_pyfunc.signatures import chat_signature, prompt_signature
+from slm_pyfunc.verify import PUBLIC_KEY
 
 log = logging.getLogger("slm.log_pyfunc")
 
@@ -56,6 +59,7 @@ class Packaging:
     target: Target
     settings: LogPyfunc
     requirements: list[str]
+    signing: Signing
 
 
 def log_pyfunc(onnx: Path, provenance: Provenance, packaging: Packaging, work: str) -> LoggedModels:
@@ -71,7 +75,8 @@ def log_pyfunc(onnx: Path, provenance: Provenance, packaging: Packaging, work: s
         for interface in packaging.settings.interfaces
     ]
     if packaging.settings.prove_environment and tried_here:
-        prove_environment(packaging.requirements, [model.uri for model in models], work)
+        uris, key = [model.uri for model in models], packaging.signing.public_key
+        prove_environment(packaging.requirements, uris, work, key)
     return LoggedModels(models[0].uri, models, size_mb(onnx))
 
 
@@ -103,15 +108,17 @@ def log_interface(
     )
     signature, example = SIGNATURES[interface]()
     with shipped_code(interface, f"{PACKAGE.name}_{code[:12]}") as (package, entry):
-        logged = mlflow.pyfunc.log_model(
+        logged = Model.log(
+            artifact_path=None,  # deprecated, and still required
             name=model.logged_name,
+            flavor=Sealed(mlflow.pyfunc, model, packaging.requirements, packaging.signing),
+            flavor_name="pyfunc.ModelFromCode",  # as mlflow.pyfunc.log_model calls it
             python_model=str(entry),
             code_paths=[str(package)],
             artifacts={"onnx": str(onnx)},
             model_config=settings,
             signature=signature,
             input_example=example,
-            pip_requirements=packaging.requirements,
             metadata=model.metadata(),
             tags={
                 "model": packaging.model,
@@ -133,8 +140,10 @@ def shipped_code(interface: Interface, name: str) -> Iterator[tuple[Path, Path]]
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
         entry, model_class = Path(scratch) / f"{interface.value}_model.py", CLASSES[interface]
         entry.write_text(
-            "import mlflow\n\n"
+            "import sys\n\nimport mlflow\n\n"
+            "sys.dont_write_bytecode, before = True, sys.dont_write_bytecode  # it may be signed\n"
             f"from {name}.{interface.value} import {model_class}\n\n"
+            "sys.dont_write_bytecode = before\n"
             f"mlflow.models.set_model({model_class}())\n"
         )
         sys.path.insert(0, scratch)
@@ -155,14 +164,17 @@ def runtime_requirements(runtime_package: str) -> list[str]:
     return [f"{package}=={version}" for package, version in pins.items()]
 
 
-def prove_environment(requirements: list[str], uris: list[str], work: str) -> None:
-    """Ask the models in an environment of the requirements alone.
+def prove_environment(
+    requirements: list[str], uris: list[str], work: str, public_key: str | None = None
+) -> None:
+    """Ask the models in an environment of the requirements alone; signed ones verify themselves.
 
     Raises StepError if it cannot be built, has torch, or a model does not answer.
     """
     folders = [mlflow.artifacts.download_artifacts(artifact_uri=uri) for uri in uris]
     python = environment_of(requirements, work_folder(work) / "environments")
-    if complaint := prove(folders, python=str(python), forbid=FORBIDDEN):
+    key = {PUBLIC_KEY: public_key or ""}
+    if complaint := prove(folders, python=str(python), forbid=FORBIDDEN, environment=key):
         raise StepError(
             f"the models do not answer in an environment of their requirements: {complaint}"
         )
@@ -178,11 +190,13 @@ def main(config: Config) -> LoggedModels:
     require_files(onnx, "genai_config.json", made_by="export_onnx")
     provenance = read_provenance(onnx)
     require_model(provenance, config.model.name)
+    require_key_to_sign(config.signing)
     packaging = Packaging(
         config.model.name,
         config.target,
         config.log_pyfunc,
-        runtime_requirements(config.target.runtime_package),
+        runtime_requirements(config.target.runtime_package) + verifier_requirements(config.signing),
+        config.signing,
     )
     return run_step(
         "log_pyfunc",
@@ -190,7 +204,7 @@ def main(config: Config) -> LoggedModels:
         LoggedModels,
         key={
             "onnx": provenance.identity,
-            "packaging": asdict(packaging),
+            "packaging": asdict(packaging) | {"signing": signed_by(config.signing)},
             "ships": digest_files(PACKAGE),
             "tracking": shown_tracking_uri(),
         },

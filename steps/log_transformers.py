@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
+from mlflow.models import Model
 
-from slm.config import Config
+from slm.config import Config, Signing
 from slm.digests import (
     Provenance,
     digest_of,
@@ -25,12 +26,15 @@ from slm.running.command import entry_point
 from slm.running.run import run_step
 from slm.running.tracking import local_path, logged_model_exists, shown_tracking_uri
 from slm.running.work import versions
+from slm.seal import Sealed, require_key_to_sign, signed_by
 from slm_pyfunc.signatures import QUESTION
 
 LIBRARIES = ("mlflow", "transformers", "torch", "accelerate")
 
 
-def log_transformers(checkpoint: Path, provenance: Provenance, model_name: str) -> LoggedModels:
+def log_transformers(
+    checkpoint: Path, provenance: Provenance, model_name: str, signing: Signing
+) -> LoggedModels:
     """Log the checkpoint folder as it is: its weights are copied, never loaded."""
     from huggingface_hub import ModelCard
 
@@ -48,13 +52,16 @@ def log_transformers(checkpoint: Path, provenance: Provenance, model_name: str) 
     )
     licence = provenance.licence or "unknown"
     with offline_hub(), named_checkpoint(checkpoint, model_name) as relative_path:
-        logged = mlflow.transformers.log_model(
-            transformers_model=relative_path,
+        logged = Model.log(
+            artifact_path=None,  # deprecated, and still required
             name=model.logged_name,
+            flavor=Sealed(mlflow.transformers, model, requirements, signing),
+            flavor_name="mlflow.transformers",
+            transformers_model=relative_path,
+            validate_serving_input=False,  # that would load the weights
             task="llm/v1/chat",
             # The default of transformers' pipeline; a load may override only what was logged.
             model_config={"do_sample": True},
-            pip_requirements=requirements,
             input_example={"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 16},
             model_card=ModelCard(f"---\nlicense: {licence}\n---\n# {model_name}\n"),
             metadata=model.metadata(),
@@ -92,6 +99,7 @@ def main(config: Config) -> LoggedModels:
     require_files(checkpoint, "config.json", made_by="fetch")
     provenance = read_provenance(checkpoint)
     require_model(provenance, config.model.name)
+    require_key_to_sign(config.signing)
     return run_step(
         "log_transformers",
         config,
@@ -101,8 +109,9 @@ def main(config: Config) -> LoggedModels:
             "model": config.model.name,
             "tracking": shown_tracking_uri(),
             "versions": versions(*LIBRARIES),
+            "signing": signed_by(config.signing),
         },
-        make=lambda _: log_transformers(checkpoint, provenance, config.model.name),
+        make=lambda _: log_transformers(checkpoint, provenance, config.model.name, config.signing),
         still_there=lambda result: logged_model_exists(result.models[0].model_id),
     )
 

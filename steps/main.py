@@ -18,17 +18,19 @@ import mlflow
 from hydra.core.hydra_config import HydraConfig
 from mlflow.exceptions import ExecutionException
 from mlflow.utils.databricks_utils import get_databricks_host_creds
+from omegaconf import OmegaConf
 
 from slm.config import ROOT, Config
 from slm.errors import StepError, ToldError, UserError
 from slm.evaluation.summary import show
 from slm.records import from_json
+from slm.redaction import redacted
 from slm.registry.kinds import require_registry
 from slm.running.chain import PIPELINE, Link, kept
 from slm.running.command import entry_point
 from slm.running.run import Ask
 from slm.running.summary import note_step
-from slm.running.tracking import mlflow_run, shown, store_variables
+from slm.running.tracking import mlflow_run, store_variables
 from slm.running.work import RESULT, NotKept, enum_value, work_folder
 
 log = logging.getLogger("slm.main")
@@ -113,21 +115,23 @@ class Chain:
 def overrides_for_children() -> list[str]:
     """The overrides of this command, without model and target, which children get by name.
 
-    Nor are they told of the summary: this command writes it.
+    As they were given: `${oc.env:SOURCE}` is looked up by each child, and stands so in its
+    parameters. Children are not told of the summary: this command writes it.
     """
     hydra = HydraConfig.get()
     search_path = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
     own_conf = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     search_path += [f"hydra.searchpath=[file://{path}]" for path in own_conf]
     not_theirs = ("model=", "target=", "summary=")
-    own = [o for o in hydra.overrides.task if not o.startswith(not_theirs)]
+    given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    own = [o for o in given if not o.startswith(not_theirs)]
     return [*search_path, *own]
 
 
 def next_lines(work: str, report: str, registered: str) -> dict[str, str]:
     """Where things lie, and what to do next: commands that work in any terminal and folder."""
     stores = store_variables()
-    tracking, registry = (shlex.quote(shown(uri)) for uri in stores.values())
+    tracking, registry = (shlex.quote(redacted(uri)) for uri in stores.values())
     scripts = Path(sys.executable).parent
     mlflow_command = shlex.quote(str(scripts / "mlflow"))
     look = f"{mlflow_command} ui --backend-store-uri {tracking}"

@@ -20,32 +20,39 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from slm.config import Config, Register
+from slm.config import Config, Register, Signing
 from slm.errors import StepError, VerdictError
 from slm.records import Evaluation, LoggedModel, RegisteredVersion, Registration
-from slm.registry.names import CHALLENGER, CHAMPION, aliases_of
+from slm.redaction import redacted
+from slm.registry.names import CHALLENGER, CHAMPION, aliases_of, version_uri
 from slm.registry.promotion import drop_challenger, nominate, settle
 from slm.registry.turns import turn
 from slm.registry.versions import entry_of, make_registered_models, prove_versions, version_of
 from slm.running.command import entry_point
 from slm.running.run import run_step
-from slm.running.tracking import local_path, shown
+from slm.running.tracking import local_path
+from slm.seal import require_signed, signed_by
 
 log = logging.getLogger("slm.register")
 
 
-def register(evaluation: Evaluation, settings: Register, holder: str) -> Registration:
+def register(
+    evaluation: Evaluation, settings: Register, holder: str, signing: Signing | None = None
+) -> Registration:
     """Make a version of each model, unless there is one; promote them, or say why not.
 
     `holder` names this run among all that want to write. Raises VerdictError after a failed
-    verdict, StepError if a right is missing, or if a version does not answer.
+    verdict, StepError if a right is missing, if a version does not answer, or if one is not signed
+    as `signing` asks; nothing is written if the logged model is not.
     """
+    signing = signing or Signing()
     reasons = evaluation.reasons
     if evaluation.verdict == "failed" and not settings.failed:
         raise VerdictError(f"not registered, the evaluation failed: {'; '.join(reasons)}.")
     client = MlflowClient()
     models = [LoggedModel.load(uri) for uri in (*evaluation.candidates, evaluation.reference)]
-    entries = [entry_of(model, evaluation, settings) for model in models]
+    require_signed([model.uri for model in models], signing)
+    entries = [entry_of(model, evaluation, settings, signed_by(signing)) for model in models]
     names = make_registered_models(client, entries, holder)
     passed = evaluation.verdict == "passed"
     with turn(client, names, holder):
@@ -54,7 +61,9 @@ def register(evaluation: Evaluation, settings: Register, holder: str) -> Registr
             nominate(client, version)
     if passed:
         try:
-            prove_versions(client, versions, evaluation)
+            own_files = [v for v, m in zip(versions, models, strict=True) if v.source != m.uri]
+            require_signed([version_uri(version) for version in own_files], signing)
+            prove_versions(client, versions, evaluation, signing.public_key)
         except StepError:
             with turn(client, names, holder):
                 for version in versions:
@@ -110,7 +119,7 @@ def main(config: Config) -> Registration:
     def make(_: Path) -> Registration:
         run = mlflow.active_run()
         assert run is not None
-        return register(evaluation, config.register, run.info.run_id)
+        return register(evaluation, config.register, run.info.run_id, config.signing)
 
     return run_step(
         "register",
@@ -119,7 +128,8 @@ def main(config: Config) -> Registration:
         key={
             "evaluation": evaluation.json(),
             "register": asdict(config.register),
-            "registry": shown(mlflow.get_registry_uri()),
+            "signed_by": signed_by(config.signing),
+            "registry": redacted(mlflow.get_registry_uri()),
         },
         make=make,
         still_there=is_registered,

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 import mlflow
 from mlflow import MlflowClient
 
-from slm.config import Config, Interface, Register
+from slm.config import Config, Interface, Register, Signing
 from slm.errors import InputError, StepError
 from slm.records import from_json
 from slm.registry.kinds import require_rights, tag_limit
@@ -36,6 +36,7 @@ from slm.registry.turns import turn
 from slm.running.command import entry_point
 from slm.running.summary import note
 from slm.running.tracking import log_parameters, mlflow_run
+from slm.seal import require_signed
 
 log = logging.getLogger("slm.rollback")
 
@@ -75,11 +76,14 @@ class Rollback:
         return f"{self.reason} ({self.when}, {self.who})" if self.when else self.reason
 
 
-def rollback(names: list[str], request: Request, holder: str) -> Rollback:
+def rollback(
+    names: list[str], request: Request, holder: str, signing: Signing | None = None
+) -> Rollback:
     """Go back one step, or finish an earlier run's. `holder` names this run among all that write.
 
     Raises InputError if there is nothing to go back to, StepError if a right is missing, or if the
-    champion changed meanwhile: whoever asked for this did not see the new one.
+    champion changed meanwhile: whoever asked for this did not see the new one. StepError too,
+    before anything is written, if a version to go back to is not signed as `signing` asks.
     """
     client = MlflowClient()
     require_rights(client, names, holder)
@@ -94,6 +98,8 @@ def rollback(names: list[str], request: Request, holder: str) -> Rollback:
                         "Look at it, and roll back again if it has to go."
                     )
             plan = plan_of(client, names, request)
+            restored = [f"models:/{step.name}/{step.restored}" for step in plan.steps]
+            require_signed(restored, signing or Signing())
             client.set_registered_model_tag(names[0], PLAN, tag_of(plan))
         for step in plan.steps:
             go_back(client, step, plan.tag)
@@ -195,7 +201,7 @@ def main(config: Config) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         who = run.data.tags.get("mlflow.user", "")
         request = Request((config.reason or "").strip() or "no reason given", now, who)
-        result = rollback(names, request, run.info.run_id)
+        result = rollback(names, request, run.info.run_id, config.signing)
         mlflow.set_tags({"reason": result.tag, "restored": result.uri})
         mlflow.log_dict({"outcome": asdict(result)}, "result.json")
         note(result=asdict(result))

@@ -18,7 +18,7 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from slm.config import CONF, ROOT, Config, Interface
+from slm.config import CONF, ROOT, Config, Interface, Signing
 from slm.digests import read_provenance
 from slm.evaluation.data import read_long_text, read_prompts, read_texts
 from slm.evaluation.measure import Inputs, Measurement, Measuring, request_of
@@ -35,6 +35,7 @@ from slm.records import (
     from_json,
 )
 from slm.running.command import heed_another_source, split_overrides
+from slm.seal import verifier_requirements
 from tests.checkpoints import write_as_phi3, write_tiny
 
 if TYPE_CHECKING:
@@ -384,13 +385,19 @@ def registry(generations: Generations, tmp_path: Path) -> Generations:
     return Generations(tmp_path, generations.evaluations)
 
 
-def log_onnx(onnx: Path, max_tokens: int, *interfaces: Interface) -> list[LoggedModel]:
+def log_onnx(
+    onnx: Path, max_tokens: int, *interfaces: Interface, signing: Signing | None = None
+) -> list[LoggedModel]:
     """Log an ONNX folder under a setting, which makes it another content."""
     from steps.log_pyfunc import Packaging, log_interface, runtime_requirements
 
     config = composed(f"log_pyfunc.max_tokens={max_tokens}")
+    signing = signing or config.signing
     requirements = runtime_requirements(config.target.runtime_package)
-    packaging = Packaging(config.model.name, config.target, config.log_pyfunc, requirements)
+    requirements += verifier_requirements(signing)
+    packaging = Packaging(
+        config.model.name, config.target, config.log_pyfunc, requirements, signing
+    )
     return [log_interface(i, onnx, read_provenance(onnx), packaging) for i in interfaces]
 
 

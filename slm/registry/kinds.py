@@ -6,7 +6,8 @@ from mlflow.exceptions import MlflowException
 
 from slm.config import Register
 from slm.errors import InputError, StepError, one_line
-from slm.running.tracking import TEXT_LIMIT, shown
+from slm.redaction import redacted
+from slm.running.tracking import TEXT_LIMIT
 
 # Characters of a tag's value: docs.databricks.com, "Apply tags to Unity Catalog securable objects".
 UNITY_CATALOG_TAG_LIMIT = 1000
@@ -28,7 +29,7 @@ def require_registry(settings: Register) -> None:
     if uri.partition(":")[0] in ("uc", "databricks"):
         kind = "open-source Unity Catalog" if uri.startswith("uc") else "the workspace's registry"
         raise InputError(
-            f"the registry {shown(uri)} is {kind}, where MLflow has no aliases, thus no champion. "
+            f"the registry {redacted(uri)} is {kind}, where MLflow has no aliases, thus no champion. "
             "Set MLFLOW_REGISTRY_URI to databricks-uc, or to a tracking server."
         )
     if is_unity_catalog() and settings.catalog is None:

@@ -23,6 +23,7 @@ LICENCE = "licence"
 VERSIONS = "versions"  # of the libraries that made it, as JSON
 SHA256 = "sha256"  # of its weights, as JSON
 LOGGED_MODEL = "logged_model"  # the id of the logged model that it was made of
+SIGNED_BY = "signed_by"  # the SHA-256 of the public key's file, if its signature was verified
 # How it was judged.
 VERDICT = "verdict"
 VERDICT_REASONS = "verdict_reasons"

@@ -30,6 +30,7 @@ from slm.registry.names import (
     version_uri,
 )
 from slm.running.tracking import logged_model_exists, store_variables
+from slm_pyfunc.verify import PUBLIC_KEY
 
 log = logging.getLogger("slm.registry")
 
@@ -47,8 +48,10 @@ class Entry:
     description: str
 
 
-def entry_of(model: LoggedModel, evaluation: Evaluation, settings: Register) -> Entry:
-    """What to register of a logged model."""
+def entry_of(
+    model: LoggedModel, evaluation: Evaluation, settings: Register, key: str = ""
+) -> Entry:
+    """What to register of a logged model; `key` is the digest of the key that it is signed with."""
     if model.is_onnx:
         judged, description = onnx_tags(model, evaluation), evaluation.model_card
     else:
@@ -58,6 +61,7 @@ def entry_of(model: LoggedModel, evaluation: Evaluation, settings: Register) -> 
             "the reference that its ONNX models are held against."
         )
     tags = provenance_tags(model) | judged | {names.CONDITIONS: evaluation.conditions}
+    tags[names.SIGNED_BY] = key
     tags = {key: cut(value, tag_limit()) for key, value in tags.items() if value}
     return Entry(model, registered_name(model, settings), tags, cut(description))
 
@@ -125,10 +129,12 @@ def make_registered_models(client: MlflowClient, entries: list[Entry], holder: s
 def version_of(client: MlflowClient, entry: Entry) -> ModelVersion:
     """The version of this content, and of this verdict if it is the ONNX model's; made if need be.
 
-    Unity Catalog finds versions by name only, and without their tags. It has files of its own; in
-    other registries, a version is as good as its logged model.
+    A signed model is not taken for an unsigned one, or for one of another key. Unity Catalog finds
+    versions by name only, and without their tags. It has files of its own; in other registries, a
+    version is as good as its logged model.
     """
     same = [names.CONTENT, names.VERDICT] if entry.model.is_onnx else [names.CONTENT]
+    same += [names.SIGNED_BY] if names.SIGNED_BY in entry.tags else []
     found = mlflow.search_model_versions(filter_string=f"name = '{entry.name}'")
     for number in sorted(int(version.version) for version in found if version.status == "READY"):
         version = client.get_model_version(entry.name, str(number))
@@ -197,9 +203,14 @@ def link(client: MlflowClient, version: ModelVersion) -> None:
 
 
 def prove_versions(
-    client: MlflowClient, versions: list[ModelVersion], evaluation: Evaluation
+    client: MlflowClient,
+    versions: list[ModelVersion],
+    evaluation: Evaluation,
+    public_key: str | None = None,
 ) -> None:
     """Load versions by their URIs in one fresh process, and ask them; tag those that answer.
+
+    With a public key, the ONNX models verify themselves there.
 
     Those that answered after the same measurement are not asked again, nor is the champion. Raises
     StepError if one does not answer.
@@ -217,7 +228,8 @@ def prove_versions(
     log.info("register: loading %s in a fresh process", ", ".join(uris))
     with tempfile.TemporaryDirectory() as scratch:
         # MLflow downloads to TMPDIR, and leaves it there.
-        complaint = prove(uris, environment={**store_variables(), "TMPDIR": scratch})
+        own = {"TMPDIR": scratch, PUBLIC_KEY: public_key or ""}
+        complaint = prove(uris, environment={**store_variables(), **own})
     if complaint:
         raise StepError(f"registered but not promoted: {complaint}")
     for version in unproven:

@@ -22,6 +22,7 @@ from typing import Any
 
 from slm.errors import InfrastructureError
 from slm.records import Evaluation, RegisteredVersion, Registration
+from slm.redaction import redacted
 
 log = logging.getLogger("slm.summary")
 
@@ -71,7 +72,7 @@ class Summary:
 
     def json(self) -> str:
         every = {"schema": 1, "status": self.status, **dataclasses.asdict(self)}
-        return json.dumps(every, indent=2, default=str) + "\n"
+        return redacted(json.dumps(every, indent=2, default=str)) + "\n"
 
     def sentence(self) -> str:
         """All of it in a line for people."""
@@ -79,7 +80,7 @@ class Summary:
         how = f"{self.status} (exit code {self.exit_code})" if self.exit_code else self.status
         versions = [f"{v.name} version {v.version} {v.alias}".strip() for v in self.registered]
         told = [self.error, self.verdict and f"verdict {self.verdict}", *versions]
-        return f"{self.entry_point}{of}: {'; '.join([how, *filter(None, told)])}"
+        return redacted(f"{self.entry_point}{of}: {'; '.join([how, *filter(None, told)])}")
 
 
 # That of the command which this process runs; none in tests.

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import mlflow
 import psutil
@@ -16,24 +17,27 @@ from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
 
 from slm.config import ROOT, Config
-from slm.errors import InputError, UnreachableError
+from slm.errors import InputError, UnreachableError, one_line
+from slm.redaction import redacted
 from slm.running.summary import note
 
 log = logging.getLogger("slm.tracking")
 
+USERNAME, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 TEXT_LIMIT = 5000  # characters of a tag or a description, in MLflow's stores
 
 
 def settle_tracking() -> None:
     """Make the stores' URIs absolute, and ask a remote tracking server for something once.
 
-    A relative URI, MLflow's default among them, would move with the working directory. Raises
-    UnreachableError if the server does not answer; MLflow's client alone would try for minutes.
+    A relative URI, MLflow's default among them, would move with the working directory; MLflow
+    prints a server's URI with the password in it. Raises UnreachableError if the server does not
+    answer; MLflow's client alone would try for minutes.
     """
     registry = os.environ.get("MLFLOW_REGISTRY_URI")
-    mlflow.set_tracking_uri(absolute_uri(mlflow.get_tracking_uri()))
+    mlflow.set_tracking_uri(without_password(absolute_uri(mlflow.get_tracking_uri())))
     if registry:
-        mlflow.set_registry_uri(absolute_uri(registry))
+        mlflow.set_registry_uri(without_password(absolute_uri(registry)))
     if not mlflow.get_tracking_uri().startswith(("http://", "https://")):
         return
     impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -44,7 +48,7 @@ def settle_tracking() -> None:
             log.debug("%s", error)
             raise UnreachableError(
                 f"the tracking server {shown_tracking_uri()} cannot be reached, or refuses: "
-                f"{textwrap.shorten(str(error), 300, placeholder='…')} "
+                f"{textwrap.shorten(one_line(error), 300, placeholder='…')} "
                 "Start it, or set MLFLOW_TRACKING_URI."
             ) from error
 
@@ -62,6 +66,22 @@ def absolute_uri(uri: str) -> str:
     if uri and not re.match(r"[\w+.-]+:|databricks$|databricks-uc$|uc$", uri):
         return (folder / Path(uri).expanduser()).resolve().as_uri()
     return uri
+
+
+def without_password(uri: str) -> str:
+    """A server's URI without user and password, which go to where MLflow's client reads them.
+
+    They stay in a URI whose server has others than the tracking server.
+    """
+    parts = urlsplit(uri)
+    if not parts.scheme.startswith("http") or parts.username is None or parts.password is None:
+        return uri
+    own = {USERNAME: unquote(parts.username), PASSWORD: unquote(parts.password)}
+    told = {name: os.environ[name] for name in own if name in os.environ}
+    if told not in ({}, own):
+        return uri
+    os.environ.update(own)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def calling_folder() -> Path:
@@ -101,13 +121,9 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def shown(uri: str) -> str:
-    """A store's URI without the user and password that it may hold."""
-    return re.sub("//[^@/]*@", "//", uri)
-
-
 def shown_tracking_uri() -> str:
-    return shown(mlflow.get_tracking_uri())
+    """The tracking store's URI without a password: for people, and for keys that outlive one."""
+    return redacted(mlflow.get_tracking_uri())
 
 
 @contextlib.contextmanager
@@ -116,6 +132,7 @@ def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
     if mlflow.active_run() is not None:
         tags = {"mlflow.project.entryPoint": name}  # as `mlflow run` would set it
         with mlflow.start_run(run_name=name, nested=True, tags=tags) as run:
+            hide_secrets(run)
             yield run
         return
     run_id = os.environ.get("MLFLOW_RUN_ID")
@@ -129,8 +146,16 @@ def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
             ) from error
         raise
     note(run_id=run.info.run_id)
+    hide_secrets(run)
     yield run
     mlflow.end_run()  # after an error, entry_point ends the run with the error on it
+
+
+def hide_secrets(run: mlflow.ActiveRun) -> None:
+    """Take them out of the tags that MLflow set: the project's git URI may hold a token."""
+    hidden = {name: redacted(value) for name, value in run.data.tags.items()}
+    if changed := {name: hidden[name] for name in hidden if hidden[name] != run.data.tags[name]}:
+        mlflow.set_tags(changed)
 
 
 def end_run_with_error(
@@ -144,8 +169,10 @@ def end_run_with_error(
     """Print one line, unless it was `told`, and end the MLflow run with it as its tag `error`.
 
     The `exit_code` is a tag too: `mlflow run` exits with 1 whatever the step exits with. The
-    `traceback` of an unexpected error becomes the run's artifact traceback.txt.
+    `traceback` of an unexpected error becomes the run's artifact traceback.txt. Secrets are hidden
+    in all of it.
     """
+    message = redacted(message)
     if not told:
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(MlflowException, OSError):
@@ -154,7 +181,7 @@ def end_run_with_error(
         if mlflow.active_run() is not None:
             mlflow.set_tags({"error": message[:TEXT_LIMIT], "exit_code": exit_code})
             if traceback:
-                mlflow.log_text(traceback, "traceback.txt")
+                mlflow.log_text(redacted(traceback), "traceback.txt")
             mlflow.end_run(status)
 
 
@@ -175,10 +202,9 @@ def log_parameters(
     names = ("source", "candidate", "reference", "model_uri", "input", "output")
     inputs = {k: values.pop(k) for k in names if k in values}
     groups = {*shared, name.removesuffix("_onnx")}  # export_onnx reads `export`
-    mlflow.log_params(
-        {re.sub(r"[^\w./ :-]", "_", k): v for k, v in values.items() if k.split(".")[0] in groups}
-    )
-    mlflow.log_params({f"input.{k}": v for k, v in inputs.items()})
+    logged = {k: v for k, v in values.items() if k.split(".")[0] in groups}
+    logged |= {f"input.{k}": v for k, v in inputs.items()}
+    mlflow.log_params({re.sub(r"[^\w./ :-]", "_", k): redacted(str(v)) for k, v in logged.items()})
 
 
 def local_path(uri: str | None, parameter: str, made_by: str) -> Path:

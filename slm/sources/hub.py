@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from huggingface_hub.errors import HTTPError  # of the HTTP client that the hub's library uses
 
 from slm.config import Model
-from slm.errors import InputError, UnreachableError, UserError
+from slm.errors import InputError, UnreachableError, UserError, one_line
 from slm.sources.verify import (
     INDEX,
     WANTED,
@@ -175,7 +175,7 @@ def hub_error(name: str, revision: str, error: Exception) -> UserError:
         return InputError(f"hf://{name} does not exist at {revision}.")
     if isinstance(error, RevisionNotFoundError):
         return InputError(f"hf://{name} has no revision {revision}.")
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error)[:300]
     if isinstance(error, HfHubHTTPError):
         return UnreachableError(f"the model hub refused hf://{name} at {revision}: {reason}.")
     return UnreachableError(
