@@ -29,8 +29,8 @@ def require_registry(settings: Register) -> None:
     if uri.partition(":")[0] in ("uc", "databricks"):
         kind = "open-source Unity Catalog" if uri.startswith("uc") else "the workspace's registry"
         raise InputError(
-            f"the registry {redacted(uri)} is {kind}, where MLflow has no aliases, thus no champion. "
-            "Set MLFLOW_REGISTRY_URI to databricks-uc, or to a tracking server."
+            f"the registry {redacted(uri)} is {kind}, where MLflow has no aliases, thus no "
+            "champion. Set MLFLOW_REGISTRY_URI to databricks-uc, or to a tracking server."
         )
     if is_unity_catalog() and settings.catalog is None:
         raise InputError(
