@@ -35,7 +35,7 @@ def words_for(error: BaseException) -> str | None:
     number = getattr(error, "errno", None)
     if isinstance(error, UserError):
         return text
-    if number == errno.ENOSPC or "No space left on device" in text:
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return (
             f"the disk is full ({text}). Free space there, or set paths.work to a folder with more."
         )

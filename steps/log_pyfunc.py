@@ -33,6 +33,7 @@ from slm.errors import StepError
 from slm.proof import prove
 from slm.records import LoggedModel, LoggedModels
 from slm.running.command import entry_point
+from slm.running.links import copies_as_links
 from slm.running.run import run_step
 from slm.running.tracking import local_path, logged_model_exists
 from slm.running.work import versions, work_folder
@@ -184,6 +185,11 @@ def main(config: Config) -> LoggedModels:
         config.log_pyfunc,
         runtime_requirements(config.target.runtime_package),
     )
+
+    def make(folder: Path) -> LoggedModels:
+        with copies_as_links(onnx, work_folder(config.paths.work), folder):
+            return log_pyfunc(onnx, provenance, packaging, config.paths.work)
+
     return run_step(
         "log_pyfunc",
         config,
@@ -194,7 +200,7 @@ def main(config: Config) -> LoggedModels:
             "ships": digest_files(PACKAGE),
             "tracking": mlflow.get_tracking_uri(),
         },
-        make=lambda _: log_pyfunc(onnx, provenance, packaging, config.paths.work),
+        make=make,
         still_there=all_exist,
     )
 

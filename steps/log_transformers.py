@@ -22,9 +22,10 @@ from slm.digests import (
 )
 from slm.records import LoggedModel, LoggedModels
 from slm.running.command import entry_point
+from slm.running.links import copies_as_links
 from slm.running.run import run_step
 from slm.running.tracking import local_path, logged_model_exists
-from slm.running.work import versions
+from slm.running.work import versions, work_folder
 from slm_pyfunc.signatures import QUESTION
 
 LIBRARIES = ("mlflow", "transformers", "torch", "accelerate")
@@ -92,6 +93,11 @@ def main(config: Config) -> LoggedModels:
     require_files(checkpoint, "config.json", made_by="fetch")
     provenance = read_provenance(checkpoint)
     require_model(provenance, config.model.name)
+
+    def make(folder: Path) -> LoggedModels:
+        with copies_as_links(checkpoint, work_folder(config.paths.work), folder):
+            return log_transformers(checkpoint, provenance, config.model.name)
+
     return run_step(
         "log_transformers",
         config,
@@ -102,7 +108,7 @@ def main(config: Config) -> LoggedModels:
             "tracking": mlflow.get_tracking_uri(),
             "versions": versions(*LIBRARIES),
         },
-        make=lambda _: log_transformers(checkpoint, provenance, config.model.name),
+        make=make,
         still_there=lambda result: logged_model_exists(result.models[0].model_id),
     )
 
