@@ -103,8 +103,9 @@ def test_memory_does_not_grow_with_the_model(
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in one file, which stays mapped to the end."""
-    folder, weights = tmp_path_factory.mktemp("deep"), {}
+    folder = tmp_path_factory.mktemp("deep")
     write_checkpoint(folder, DEEP)
+    weights: dict[str, Any] = {}
     for path in folder.glob("model-*"):
         weights |= load_file(path)
         path.unlink()
