@@ -2,6 +2,7 @@
 
     python -m bench.export                      # 135M 1B 3.8B
     python -m bench.export 7B --quantizer builder
+    python -m bench.export 1B --limit-mb 2500   # fails if it needs more than that
 
 Writes each checkpoint (bfloat16), exports it, and removes both. Peaks are of the exporter's
 process: resident, and anonymous (without the pages of mapped files), sampled ten times a second.
@@ -74,10 +75,14 @@ def write_checkpoint(folder: Path, shape: dict[str, Any]) -> int:
 
 
 class Peaks(threading.Thread):
-    """Follows the children of this process: their highest resident and anonymous memory, in MB."""
+    """Follows the children of this process: their highest resident and anonymous memory, in MB.
 
-    def __init__(self) -> None:
+    Linux keeps them to `limit` bytes of private memory, if it is not 0.
+    """
+
+    def __init__(self, limit: int) -> None:
         super().__init__(daemon=True)
+        self.limit = limit
         self.resident = self.anonymous = 0.0
         self.ended = threading.Event()
 
@@ -85,8 +90,10 @@ class Peaks(threading.Thread):
         while not self.ended.wait(0.1):
             for child in psutil.Process().children(recursive=True):
                 try:
+                    if self.limit:
+                        child.rlimit(psutil.RLIMIT_DATA, (self.limit, self.limit))
                     status = Path(f"/proc/{child.pid}/status").read_text()
-                except OSError:
+                except (OSError, psutil.NoSuchProcess):
                     continue
                 for name in ("resident", "anonymous"):
                     key = {"resident": "VmRSS", "anonymous": "RssAnon"}[name]
@@ -94,7 +101,7 @@ class Peaks(threading.Thread):
                         setattr(self, name, max(getattr(self, name), int(found[1]) * 1.024e-3))
 
 
-def measure(name: str, quantizer: Quantizer, scratch: Path) -> str:
+def measure(name: str, quantizer: Quantizer, limit_mb: int, scratch: Path) -> str:
     """One row of the table."""
     checkpoint = scratch / "checkpoint"
     parameters = write_checkpoint(checkpoint, SHAPES[name])
@@ -102,7 +109,10 @@ def measure(name: str, quantizer: Quantizer, scratch: Path) -> str:
     target = Target("cpu", ExecutionProvider.cpu, Precision.int4, "", quantizer, [], options)
     onnx, work = str(scratch / "onnx"), str(scratch / "work")
     request = Request(str(checkpoint), onnx, work, target, ["genai"], "some text " * 40, 8192)
-    peaks, start = Peaks(), time.monotonic()
+    mapped = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    # safetensors maps files privately, which Linux counts though they take no memory.
+    limit = limit_mb * 10**6 + mapped if limit_mb else 0
+    peaks, start = Peaks(limit), time.monotonic()
     peaks.start()
     exported = process.run_worker(request)
     seconds = time.monotonic() - start
@@ -119,6 +129,7 @@ def main() -> None:
     )
     parser.add_argument("shapes", nargs="*", default=["135M", "1B", "3.8B"], help="of SHAPES")
     parser.add_argument("--quantizer", type=Quantizer, default=Quantizer.rtn, choices=Quantizer)
+    parser.add_argument("--limit-mb", type=int, default=0, help="of private memory (Linux)")
     parser.add_argument("--scratch", help="folder for the checkpoints: 3 bytes a parameter")
     arguments = parser.parse_args()
     set_up_logging()
@@ -127,7 +138,7 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in arguments.shapes:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-            print(measure(name, arguments.quantizer, Path(scratch)), flush=True)
+            print(measure(name, arguments.quantizer, arguments.limit_mb, Path(scratch)), flush=True)
 
 
 if __name__ == "__main__":

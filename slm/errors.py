@@ -56,7 +56,7 @@ def as_user_error(error: BaseException) -> UserError | None:
     if isinstance(error, UserError):
         return error
     text, number = one_line(error), getattr(error, "errno", None)
-    if number == errno.ENOSPC or "No space left on device" in text:
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return InfrastructureError(
             f"the disk is full ({text}). Free space there, or set paths.work to a folder with more."
         )

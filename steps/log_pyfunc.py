@@ -34,6 +34,7 @@ from slm.errors import StepError
 from slm.proof import prove
 from slm.records import LoggedModel, LoggedModels
 from slm.running.command import entry_point
+from slm.running.links import copies_as_links
 from slm.running.run import run_step
 from slm.running.tracking import local_path, logged_model_exists, shown_tracking_uri
 from slm.running.work import versions, work_folder
@@ -198,6 +199,11 @@ def main(config: Config) -> LoggedModels:
         runtime_requirements(config.target.runtime_package) + verifier_requirements(config.signing),
         config.signing,
     )
+
+    def make(folder: Path) -> LoggedModels:
+        with copies_as_links(onnx, work_folder(config.paths.work), folder):
+            return log_pyfunc(onnx, provenance, packaging, config.paths.work)
+
     return run_step(
         "log_pyfunc",
         config,
@@ -208,7 +214,7 @@ def main(config: Config) -> LoggedModels:
             "ships": digest_files(PACKAGE),
             "tracking": shown_tracking_uri(),
         },
-        make=lambda _: log_pyfunc(onnx, provenance, packaging, config.paths.work),
+        make=make,
         still_there=all_exist,
     )
 

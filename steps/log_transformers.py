@@ -23,9 +23,10 @@ from slm.digests import (
 )
 from slm.records import LoggedModel, LoggedModels
 from slm.running.command import entry_point
+from slm.running.links import copies_as_links
 from slm.running.run import run_step
 from slm.running.tracking import local_path, logged_model_exists, shown_tracking_uri
-from slm.running.work import versions
+from slm.running.work import versions, work_folder
 from slm.seal import Sealed, require_key_to_sign, signed_by
 from slm_pyfunc.signatures import QUESTION
 
@@ -100,6 +101,11 @@ def main(config: Config) -> LoggedModels:
     provenance = read_provenance(checkpoint)
     require_model(provenance, config.model.name)
     require_key_to_sign(config.signing)
+
+    def make(folder: Path) -> LoggedModels:
+        with copies_as_links(checkpoint, work_folder(config.paths.work), folder):
+            return log_transformers(checkpoint, provenance, config.model.name, config.signing)
+
     return run_step(
         "log_transformers",
         config,
@@ -111,7 +117,7 @@ def main(config: Config) -> LoggedModels:
             "versions": versions(*LIBRARIES),
             "signing": signed_by(config.signing),
         },
-        make=lambda _: log_transformers(checkpoint, provenance, config.model.name, config.signing),
+        make=make,
         still_there=lambda result: logged_model_exists(result.models[0].model_id),
     )
 

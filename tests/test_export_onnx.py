@@ -9,7 +9,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from gguf import GGMLQuantizationType, quants
-from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 from safetensors.torch import load_file, save_file
 
 from slm.digests import write_provenance
@@ -62,30 +61,6 @@ def test_weights_are_rounded_as_the_builder_rounds_them_to_the_bit(
         found, expected = value.const_value, theirs.initializers[name].const_value
         assert found is not None and expected is not None
         assert found.dtype == expected.dtype and found.tobytes() == expected.tobytes(), name
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("outputs", "inputs"), [(7, 72), (64, 32), (3, 2), (33, 98)])
-@pytest.mark.parametrize("values", ["normal", "halves", "zeros"])
-def test_weights_are_rounded_as_onnxruntimes_kernel_does(
-    bits: int, outputs: int, inputs: int, values: str
-) -> None:
-    kernels = {4: quantize_matmul_4bits, 8: quantize_matmul_8bits}
-    random = np.random.default_rng(0)
-    weight: np.ndarray = random.standard_normal((outputs, inputs), np.float32)
-    if values == "halves":
-        weight = np.round(weight * 8) / 2
-    elif values == "zeros":
-        weight[:, ::2] = 0
-        weight[0] = 0
-    [(packed, scales)] = graph.Rtn(bits, 32).quantize("", weight)
-    blocks = packed.shape[1]
-    expected, expected_scales = np.zeros_like(packed), np.zeros_like(scales)
-    zero_points = np.zeros((outputs, -(-blocks * bits // 8)), np.uint8)
-    padded = np.pad(weight, ((0, 0), (0, blocks * 32 - inputs))).T.copy()
-    kernels[bits](expected, padded, expected_scales, zero_points, 32, outputs, inputs, True)
-    np.testing.assert_array_equal(scales, expected_scales)
-    np.testing.assert_array_equal(packed, expected)
 
 
 def test_a_q4_0_tensor_of_a_gguf_keeps_its_integers_and_scales() -> None:

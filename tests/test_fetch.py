@@ -11,6 +11,7 @@ from slm.digests import digest_file
 from slm.errors import InputError
 from slm.records import Checkpoint
 from slm.sources.resolve import resolve
+from slm.sources.verify import place
 from steps.fetch import fetch
 from tests.checkpoints import write_tiny_gguf
 from tests.conftest import Packaged, Project, composed
@@ -245,3 +246,15 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(checkpoint: Path, tmp_path:
     (checkpoint / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="transformers cannot read its configuration or tokeniz"):
         fetched(checkpoint, tmp_path)
+
+
+def test_a_cached_file_is_linked_and_a_users_own_is_copied(tmp_path: Path) -> None:
+    """A user may go on to train, and write into the file."""
+    blob, own, named = tmp_path / ("0a" * 32), tmp_path / "own", tmp_path / "named"
+    for path in (blob, own):
+        path.write_text("weights")
+    named.symlink_to(blob)
+    for path in (named, own):
+        place(path, tmp_path / f"{path.name} placed")
+    assert (tmp_path / "named placed").samefile(blob)
+    assert not (tmp_path / "own placed").samefile(own)

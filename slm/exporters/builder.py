@@ -8,7 +8,9 @@ onnxruntime-genai 0.18, found by parity.py.
 import contextlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from slm.config import Precision, Target
@@ -41,6 +43,7 @@ def make(
             mend(config)
         stack.enter_context(rope_of_any_model())
         if save is not None:
+            stack.enter_context(patched(Model, "make_packed_matmul_float_class", joining_late))
             stack.enter_context(patched(Model, "save_model", saving_by(save)))
         try:
             builder.create_model("", *place, cache, **options)
@@ -106,6 +109,40 @@ def rope_of_any_model() -> Any:
         patched(Model, "make_rope_init", make_rope_init),
     ):
         yield
+
+
+def joining_late(_: Any, *projections: Any) -> Any:
+    """What takes the place of the builder's joining of q, k and v.
+
+    onnxruntime-genai 0.18 copies them for every layer before the first weight is written.
+    """
+    return SimpleNamespace(weight=Joined([each.weight.detach() for each in projections]))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The rows of several weights as one, joined each time that torch reads them."""
+
+    parts: list[Any]
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, inputs = sum(len(part) for part in self.parts), self.parts[0].shape[1]
+        return (inputs, rows) if self.transposed else (rows, inputs)
+
+    @property
+    def T(self) -> "Joined":
+        return replace(self, transposed=not self.transposed)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        import torch
+
+        joined = torch.cat(self.parts)
+        return (joined.T if self.transposed else joined).__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.parts[0].__dlpack_device__()
 
 
 def saving_by(save: Save) -> Callable[[Any, str], None]:

@@ -5,7 +5,8 @@ weight goes to the external data file as soon as it is made, so that memory grow
 tensor and not with the model.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,25 +122,37 @@ def write(
     """Write a model, its weights beside it in `path`.data, quantized if there is a `quantizer`.
 
     `said` is told of each tensor: how many are written, of how many, and its name. Raises StepError
-    where a weight is not finite.
+    where a weight is not finite, OSError that names the tensor where it cannot be written.
     """
     graph = model.graph
     products = list(weights_of_products(graph)) if quantizer else []
     weights = {product.name for product in products}
     total = len(weights | graph.initializers.keys())
     data_path = path.with_name(f"{path.name}.data")
-    with data_path.open("wb") as data:
+    with data_path.open("wb", buffering=0) as data:  # a full disk is met at the tensor, not later
         if quantizer:
             for written, product in enumerate(products, 1):
-                quantize_product(model, product, quantizer, data)
+                with naming(product.name, data_path):
+                    quantize_product(model, product, quantizer, data)
                 said(written, total, product.name)
             remove_unused(graph)
         values = [value for value in graph.initializers.values() if not is_written(value)]
         for left, value in zip(reversed(range(len(values))), values, strict=True):
-            value.const_value = stored(value.const_value, data)
+            with naming(str(value.name), data_path):
+                value.const_value = stored(value.const_value, data)
             said(total - left, total, str(value.name))
     graph.sort()
-    ir.save(model, path)
+    with naming("the graph", path):
+        ir.save(model, path)
+
+
+@contextlib.contextmanager
+def naming(tensor: str, path: Path) -> Iterator[None]:
+    """Say of a disk that is full, or cannot be written to, at which tensor of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, at {tensor}", str(path)) from error
 
 
 @dataclass(frozen=True)
@@ -325,7 +338,9 @@ def stored(tensor: ir.TensorProtocol | None, data: BinaryIO) -> ir.TensorProtoco
     data.seek(-(-data.tell() // alignment) * alignment)
     offset = data.tell()
     array = np.ascontiguousarray(tensor.numpy())
-    data.write(array.view(np.uint8).data)
+    left = array.reshape(-1).view(np.uint8).data
+    while left:
+        left = left[data.write(left) :]
     path = Path(data.name)
     return ir.ExternalTensor(
         path.name,

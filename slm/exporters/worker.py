@@ -7,9 +7,12 @@ a process of its own it gives its memory back at the end.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import logging
+import signal
+import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +29,7 @@ from slm.records import from_json
 from slm.running.memory import peak_rss_mb, releasing_mapped
 
 MAKERS = {"genai": builder.make, "mobius": mobius.make}
+PARENT_DEATH_SIGNAL = 1  # of Linux's prctl(2)
 MARK = "@progress "  # begins the lines that the parent reads
 
 
@@ -203,6 +207,12 @@ def silent(*_: object) -> None:
     """A twin is written in a second."""
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process if its parent is killed (Linux; elsewhere at a `say`)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -210,6 +220,7 @@ def main() -> None:
     parser.add_argument("request", type=Path, help="JSON: what to export")
     path: Path = parser.parse_args().request
     logging.disable(logging.INFO)
+    end_with_parent()
     try:
         exported = export(from_json(Request, json.loads(path.read_text())))
     except Exception as error:

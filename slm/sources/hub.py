@@ -15,6 +15,7 @@ from slm.sources.verify import (
     WANTED,
     WHOLE,
     Declared,
+    digest_in_cache,
     is_weights,
     place_description,
     place_weights,
@@ -125,12 +126,6 @@ class Hub:
             weights = set(read_json(index).get("weight_map", {}).values())
         needed = {"config.json", *weights}
         return folder if all((folder / name).is_file() for name in needed) else None
-
-
-def digest_in_cache(path: Path) -> str | None:
-    """The SHA-256 by which the cache knows a large file; None for the others."""
-    name = path.resolve().name
-    return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
 
 
 def hub_info(name: str, revision: str, files_metadata: bool = False) -> Any:

@@ -4,9 +4,11 @@ Nothing that came with a checkpoint is executed: pickled weights are refused, an
 references to them (`auto_map`) are left behind.
 """
 
+import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -92,12 +94,22 @@ def require_digest(path: Path, expected: str | None) -> None:
 
 
 def place(source: Path, destination: Path) -> None:
-    """Hard-link a file, at no cost in disk, or copy it where the file systems differ."""
+    """Hard-link a file of a cache, at no cost in disk, or copy it where the file systems differ.
+
+    Any other file is copied: its owner may write into it.
+    """
     real = source.resolve()
-    try:
-        os.link(real, destination)
-    except OSError:
-        shutil.copyfile(real, destination)
+    if digest_in_cache(source):
+        with contextlib.suppress(OSError):
+            os.link(real, destination)
+            return
+    shutil.copyfile(real, destination)
+
+
+def digest_in_cache(path: Path) -> str | None:
+    """The SHA-256 by which the Hugging Face cache knows a large file; None for other files."""
+    name = path.resolve().name
+    return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
 
 
 def place_description(folder: Path, names: list[str], model: Model, checkpoint: Path) -> None:

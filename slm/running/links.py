@@ -1,0 +1,47 @@
+"""Hard links in the place of copies: gigabytes of weights lie on a disk once."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LARGE = 2**20  # bytes: smaller files are copied, for people edit them in place
+
+
+@contextlib.contextmanager
+def copies_as_links(files: Path, work: Path, scratch: Path) -> Iterator[None]:
+    """Let copies of the large files of a folder be hard links, if the folder is in `work`.
+
+    MLflow 3.17 copies a model's files into a temporary folder, which is made in `scratch`
+    meanwhile, and from there into the store. On another file system, or one without hard links, a
+    file is copied, once. Outside of `work` a file is its owner's, who may write into it.
+    """
+    own = files.resolve().is_relative_to(work.resolve())
+    paths = [path for path in files.rglob("*") if own and path.is_file()]
+    places = {inode(path): [path] for path in paths if path.stat().st_size >= LARGE}
+    copy, temporary = shutil.copyfile, tempfile.tempdir
+
+    def link_or_copy(source: Any, destination: Any, *, follow_symlinks: bool = True) -> Any:
+        same = places.get(inode(source), [])
+        for place in same:
+            with contextlib.suppress(OSError):
+                os.link(place, destination)
+                return destination
+        copy(source, destination, follow_symlinks=follow_symlinks)
+        same.append(Path(destination))
+        return destination
+
+    shutil.copyfile, tempfile.tempdir = link_or_copy, str(scratch)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        shutil.copyfile, tempfile.tempdir = copy, temporary
+
+
+def inode(path: Any) -> tuple[int, int]:
+    """What all names of one file have in common."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
