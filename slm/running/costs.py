@@ -61,7 +61,7 @@ def fetching(source: str, size: Size) -> Cost:
 
 def exporting(quantizer: Quantizer, weights: float, onnx_gb: float) -> Cost:
     """By who rounds: one tensor at a time, layer by layer on a text, or the builder."""
-    if quantizer is Quantizer.rtn:
+    if quantizer in (Quantizer.rtn, Quantizer.grid):
         return Cost(onnx_gb, 0.5 + 1.15 * math.sqrt(weights), 12 + 9.5 * weights)
     if quantizer is Quantizer.gptq:
         return Cost(onnx_gb, 3.5 + 0.65 * weights, 4400 * weights)
