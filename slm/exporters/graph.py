@@ -182,11 +182,8 @@ def quantize_product(
     for number, (packed, scales) in enumerate(parts):
         name = product.name if len(parts) == 1 else f"{product.name}_{number}"
         bits = packed.shape[2] * 8 // block_size
-        if bits == 8 and named(graph, f"{name}_Q4"):
-            raise StepError(
-                f"the maker's graph looks tokens up in {name} as int4, so it cannot have 8 bits. "
-                "Leave it out of target.int8."
-            )
+        if bits == 8:
+            look_up_as_int8(graph, name, len(packed), inputs, block_size, data)
         constants = [
             add_constant(graph, f"{name}_Q{bits}", packed, data),
             add_scales(graph, f"{name}_scales", scales, array.dtype, node, data),
@@ -213,6 +210,23 @@ def quantize_product(
     if not weight.uses():
         del graph.initializers[product.name]
         weight.const_value = None
+
+
+def look_up_as_int8(
+    graph: ir.Graph, name: str, rows: int, inputs: int, block_size: int, data: BinaryIO
+) -> None:
+    """Make the maker's own look-ups of a tied head, which it expects in int4, read int8."""
+    expected = named(graph, f"{name}_Q4")
+    if expected is None:
+        return
+    row = np.array([rows, -(-inputs // block_size) * block_size])
+    shape = add_constant(graph, f"{name}_rows", row, data)
+    for reshape, _ in list(expected.uses()):
+        reshape.replace_input_with(1, shape)
+        for lookup, _ in reshape.outputs[0].uses():
+            lookup.attributes["bits"] = ir.AttrInt64("bits", 8)
+        reshape.outputs[0].shape = ir.Shape(row)
+    expected.name = f"{name}_Q8"
 
 
 def replace(
