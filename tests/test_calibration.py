@@ -291,7 +291,7 @@ def test_a_budget_is_kept_and_spent_the_same_way_twice(tiny: Path, tmp_path: Pat
             assert all(each["divergence"] > 0 for each in noted.values())
             assert set(int8) == {name for name in noted if noted[name]["bits"] == 8}
             left = budget_mb * 1e6 - least - sum(sizes[name].more for name in int8)
-            assert -1 < left and all(left < sizes[n].more for n in sizes if n not in int8)
+            assert left > -1 and all(left < sizes[n].more for n in sizes if n not in int8)
             made.append(noted)
     assert made[:3] == made[3:]
 

@@ -227,8 +227,8 @@ def quantize_layer(
                 apart = trace.residual(lead, writers) - own.residual(lead, writers)
                 drift = drift + product(apart * root, x)
         for linear in linears:
-            name, own = names[linear], linear.weight @ change + drift
-            file.add(name, rounding.round(name, linear.weight, moments, own))
+            name, outputs = names[linear], linear.weight @ change + drift
+            file.add(name, rounding.round(name, linear.weight, moments, outputs))
             linear.weight = file[name].weight(linear.in_features)
 
 
