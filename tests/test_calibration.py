@@ -1,17 +1,20 @@
 """Quantizing on a calibration text: the rounding, the layers, and the graph that takes them."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from slm.config import ROOT
+from slm.digests import read_provenance, write_provenance
 from slm.errors import InputError, StepError
 from slm.exporters import builder, graph, mobius
 from slm.exporters.calibrated import Calibrated
@@ -23,7 +26,7 @@ from slm.exporters.sensitivity import DIVERGENCE, Size, keep_in_int8, sensitivit
 from slm.exporters.worker import MIXED, share_budget, silent
 from slm_pyfunc.engine.runtime import Runtime
 from tests.checkpoints import write_as_phi3, write_shallow, write_tiny
-from tests.conftest import composed
+from tests.conftest import Project, composed
 
 WORDS = 8  # an n-gram this long is not in two texts by chance
 
@@ -294,6 +297,28 @@ def test_a_budget_is_kept_and_spent_the_same_way_twice(tiny: Path, tmp_path: Pat
             assert left > -1 and all(left < sizes[n].more for n in sizes if n not in int8)
             made.append(noted)
     assert made[:3] == made[3:]
+
+
+def test_a_mixed_exports_provenance_has_the_bits_of_each_linear(
+    project: Project, tiny: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(tiny, tmp_path / "checkpoint")
+    write_provenance(checkpoint)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": " ".join(str(number) for number in range(400))}))
+    target = ["target=cpu-int4-gptq-block-32-acc-level-4", "target.budget_bits=4.55"]
+    calibration = [f"export.calibration={text}", "export.calibration_tokens=512"]
+    exported = project.call("export_onnx", f"source={checkpoint}", *target, *calibration)
+    found = read_provenance(Path(exported.uri)).calibration
+    assert found["budget_bits"] == 4.55 and found["tokens"] == 512
+    bits = {name: each["bits"] for name, each in found["linears"].items()}
+    assert set(bits.values()) == {4, 8} and bits["lm_head"] == 4 and len(bits) == 15
+    graph = ir.load(Path(exported.uri) / "model.onnx").graph
+    products = [node for node in graph if node.op_type == "MatMulNBits"]
+    rows = [p.attributes["N"].value for p in products if p.attributes["bits"].value == 8]
+    with safe_open(tiny / "model.safetensors", "np") as file:
+        kept = sum(file.get_slice(f"{n}.weight").get_shape()[0] for n in bits if bits[n] == 8)
+    assert sum(rows) == kept
 
 
 def test_a_budget_that_int4_exceeds_is_refused() -> None:
