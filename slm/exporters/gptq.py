@@ -29,7 +29,8 @@ class Inputs:
         diagonal = self.hessian.reshape(-1)[:: len(moments) + 1]
         diagonal += DAMPING * (diagonal.mean() or 1)
         # Upper triangle U with U^T U = H^-1, by the Cholesky factor of H from its end to its start.
-        lower = cholesky(self.hessian[::-1, ::-1].astype(np.float64), True, overwrite_a=True)
+        flipped = self.hessian[::-1, ::-1].astype(np.float64, order="F")
+        lower = cholesky(flipped, True, overwrite_a=True)
         inverse, _ = dtrtri(lower, lower=1, overwrite_c=1)
         self.upper = inverse[::-1, ::-1].astype(np.float32)
 
