@@ -26,11 +26,8 @@ from slm.exporters.gptq import SWEEPS, Inputs, pack, round_weight, search_scales
 
 # Of the moments' mean diagonal: how little a text may correct.
 CORRECTION_DAMPING = 0.05
-MOST_GUIDED, GUIDED = 100.0, 1.0
 HEAD = "head"
 PACKED, SCALES = ".packed", ".scales"  # endings of the names in a layer's file
-
-Guide = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,17 +86,11 @@ def calibrate(
     rounding: Rounding,
     folder: Path,
     said: Callable[[str], None],
-    guide: Guide | None = None,
 ) -> None:
-    """Write the file of each layer that has none, and of the head.
-
-    `guide` has the weight of each position in what a linear's rounding minimises, by its name.
-    """
-    guide = guide or {}
+    """Write the file of each layer that has none, and of the head."""
     names, layers = decoder.name_of, decoder.layers
     embedding, head, norm = decoder.embedding, decoder.head, decoder.inner.norm
     calls = list(zip(layers, decoder.calls, strict=True))
-    roots = roots_of(guide.get(names[head]), len(decoder.windows))
     whole = decoder.embedded()
     saved = Saved(folder / f"{HEAD}.safetensors", rounding.block_size)
     if decoder.tied:
@@ -110,8 +101,7 @@ def calibrate(
             for layer, call in calls:
                 with decoder.filled(layer):
                     through = [output_of(call(layer, hidden)) for hidden in through]
-            inputs = [norm(x) * root for x, root in zip(through, roots, strict=True)]
-            moments = sum_of(product(x, x) for x in inputs)
+            moments = sum_of(product(x, x) for x in map(norm, through))
             saved.add(names[embedding], rounding.round(names[head], embedding.weight, moments))
             saved.write()
         embedding.weight = saved[names[embedding]].weight(embedding.weight.shape[1])
@@ -126,7 +116,7 @@ def calibrate(
             traces = [traced(layer, call, hidden) for hidden in whole]
             whole = [trace.output for trace in traces]
             if not file.arrays:
-                quantize_layer(layer, call, traces, rounded, names, rounding, guide, file)
+                quantize_layer(layer, call, traces, rounded, names, rounding, file)
                 file.write()
             for name in file.names():
                 linear: Any = layer.get_submodule(name.removeprefix(f"{names[layer]}."))
@@ -135,21 +125,12 @@ def calibrate(
         del traces  # before the next layer's are made
     if not saved.arrays:
         decoder.fill_head()
-        whole = [norm(x) * root for x, root in zip(whole, roots, strict=True)]
-        rounded = [norm(x) * root for x, root in zip(rounded, roots, strict=True)]
+        whole, rounded = [norm(x) for x in whole], [norm(x) for x in rounded]
         moments = sum_of(product(x, x) for x in rounded)
         pairs = zip(whole, rounded, strict=True)
         drift = head.weight @ sum_of(product(x - y, y) for x, y in pairs)
         saved.add(names[head], rounding.round(names[head], head.weight, moments, drift))
         saved.write()
-
-
-def roots_of(guide: torch.Tensor | None, windows: int) -> list[torch.Tensor]:
-    """What each window's inputs are multiplied by, so that products have the guide's weights."""
-    if guide is None:
-        return [torch.ones(())] * windows
-    limited = guide.clamp(max=MOST_GUIDED * float(guide.mean())).pow(GUIDED)
-    return list((limited / limited.mean()).sqrt()[..., None])
 
 
 @dataclass
@@ -206,7 +187,6 @@ def quantize_layer(
     rounded: list[torch.Tensor],
     names: dict[nn.Module, str],
     rounding: Rounding,
-    guide: Guide,
     file: "Saved",
 ) -> None:
     """Round a layer's linears in the order in which they run, on inputs from those before."""
@@ -215,17 +195,15 @@ def quantize_layer(
     for _, group in itertools.groupby(inputs, lambda linear: id(inputs[linear])):
         linears = list(group)
         lead = linears[0]
-        guides = [guide[names[linear]] for linear in linears] if guide else []
-        roots = roots_of(sum_of(guides) if guides else None, len(traces))
         moments = drift = change = torch.zeros(())
-        for trace, hidden, root in zip(traces, rounded, roots, strict=True):
+        for trace, hidden in zip(traces, rounded, strict=True):
             own = traced(layer, call, hidden, None if lead in writers[1:] else lead)
-            x = own.inputs[lead] * root
+            x = own.inputs[lead]
             moments = moments + product(x, x)
-            change = change + product(trace.inputs[lead] * root - x, x)
+            change = change + product(trace.inputs[lead] - x, x)
             if lead in writers:
                 apart = trace.residual(lead, writers) - own.residual(lead, writers)
-                drift = drift + product(apart * root, x)
+                drift = drift + product(apart, x)
         for linear in linears:
             name, outputs = names[linear], linear.weight @ change + drift
             file.add(name, rounding.round(name, linear.weight, moments, outputs))

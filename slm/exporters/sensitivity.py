@@ -8,6 +8,7 @@ inputs, and its rounded weights, wait on disk. What one position's change does t
 out: the layers that are rounded later make up for most of what positions have in common.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -17,26 +18,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from slm.errors import InputError
 from slm.exporters.calibration import Rounding, Saved, product, sum_of, traced
 from slm.exporters.decoder import Call, Decoder, output_of
 
-# Endings of names in the file: a linear's divergence in nats a token, and its squared gradients.
-DIVERGENCE, GUIDE = ".divergence", ".guide"
+WINDOWS = 16  # of the text, spread over it: as many as ranking the linears takes
 
 
 @torch.no_grad()
 def sensitivity(
     decoder: Decoder, rounding: Rounding, folder: Path, said: Callable[[str], None]
-) -> dict[str, torch.Tensor]:
-    """Each linear's divergence, and its squared gradients [windows, window]; kept in `folder`."""
-    path, scratch = folder / "sensitivity.safetensors", folder / "sensitivity"
+) -> dict[str, float]:
+    """Each linear's divergence, in nats a token; kept in `folder`."""
+    path, scratch = folder / "sensitivity.json", folder / "sensitivity"
     if path.is_file():
-        return load_file(path)
+        return dict(json.loads(path.read_text()))
     scratch.mkdir(exist_ok=True)
+    decoder.windows = decoder.windows[:: -(-len(decoder.windows) // WINDOWS)]
     names, count, positions = decoder.name_of, len(decoder.layers), decoder.windows.numel()
     hidden = decoder.embedded()
     for i, (layer, call) in enumerate(zip(decoder.layers, decoder.calls, strict=True)):
@@ -45,7 +45,7 @@ def sensitivity(
         saved = Saved(scratch / f"{i}.int4", rounding.block_size)
         with decoder.filled(layer):
             hidden = round_once(layer, call, hidden, names, rounding, saved)
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, float] = {}
 
     def go_back(
         module: nn.Module, call: Call, inputs: Iterable[torch.Tensor], saved: Saved, slope_of: Slope
@@ -56,19 +56,14 @@ def sensitivity(
             for linear in linears_of(module)
             if names[linear] in saved.names()
         }
-        guides: dict[nn.Linear, list[torch.Tensor]] = {linear: [] for linear in changes}
-        divergences = dict.fromkeys(changes, 0.0)
+        found.update({names[linear]: 0.0 for linear in changes})
         slopes = []
         for number, x in enumerate(inputs):
             slope, gradients = gradients_of(module, call, x, partial(slope_of, number))
             slopes.append(slope)
             for linear, (own, gradient) in gradients.items():
                 effect = (gradient * (own @ changes[linear].T)).sum(-1)
-                divergences[linear] += float(effect.square().sum()) / 2 / positions
-                guides[linear].append(gradient.square().sum(-1))
-        for linear in changes:
-            found[names[linear] + DIVERGENCE] = torch.tensor(divergences[linear])
-            found[names[linear] + GUIDE] = torch.cat(guides[linear])
+                found[names[linear]] += float(effect.square().sum()) / 2 / positions
         return slopes
 
     def predict(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -95,17 +90,15 @@ def sensitivity(
         decoder.embedding.weight = rounded_head.weight(decoder.embedding.weight.shape[1])
         pairs = zip(slopes, whole, decoder.embedded(), strict=True)
         effects = sum_of((g * (y - x)).sum(-1).square().sum() for g, x, y in pairs)
-        found[names[decoder.head] + DIVERGENCE] += effects / 2 / positions
+        found[names[decoder.head]] += float(effects) / 2 / positions
     unfinished = path.with_suffix(".partial")
-    save_file(found, unfinished)
+    unfinished.write_text(json.dumps(found))
     os.replace(unfinished, path)
     shutil.rmtree(scratch)
     return found
 
 
-def keep_in_int8(
-    found: dict[str, torch.Tensor], sizes: dict[str, "Size"], budget_mb: float
-) -> list[str]:
+def keep_in_int8(found: dict[str, float], sizes: dict[str, "Size"], budget_mb: float) -> list[str]:
     """The linears to leave 8 bits: those that it saves most divergence for each byte.
 
     Raises InputError where all of them in int4 are larger than the budget.
@@ -118,7 +111,7 @@ def keep_in_int8(
             f"int4 and {most:.1f} in int8, with their scales."
         )
     kept = []
-    for name in sorted(sizes, key=lambda name: -float(found[name + DIVERGENCE]) / sizes[name].more):
+    for name in sorted(sizes, key=lambda name: -found[name] / sizes[name].more):
         if sizes[name].more <= left:
             left -= sizes[name].more
             kept.append(name)

@@ -130,7 +130,7 @@ def share_budget(
     target: Target, decoder: "Decoder", rounding: "Rounding", folder: Path
 ) -> list[str]:
     """The linears that keep 8 bits within the target's budget. Notes all of them in `folder`."""
-    from slm.exporters.sensitivity import DIVERGENCE, keep_in_int8, sensitivity, sizes_of
+    from slm.exporters.sensitivity import keep_in_int8, sensitivity, sizes_of
 
     sizes = sizes_of(decoder, rounding.block_size)
     weights = sum(size.weights for size in sizes.values())
@@ -140,7 +140,7 @@ def share_budget(
     linears = {
         name: {
             "bits": 8 if name in int8 else 4,
-            "divergence": float(f"{float(divergence[name + DIVERGENCE]):.3g}"),
+            "divergence": float(f"{divergence[name]:.3g}"),
         }
         for name in sizes
     }
