@@ -99,7 +99,7 @@ def measure(name: str, quantizer: Quantizer, scratch: Path) -> str:
     checkpoint = scratch / "checkpoint"
     parameters = write_checkpoint(checkpoint, SHAPES[name])
     options = {"algo_config": "default", "block_size": 32, "accuracy_level": 4}
-    target = Target("cpu", ExecutionProvider.cpu, Precision.int4, "", quantizer, [], options)
+    target = Target("cpu", ExecutionProvider.cpu, Precision.int4, "", quantizer, builder_options=options)
     onnx, work = str(scratch / "onnx"), str(scratch / "work")
     request = Request(str(checkpoint), onnx, work, target, ["genai"], "some text " * 40, 8192)
     peaks, start = Peaks(), time.monotonic()
