@@ -98,8 +98,9 @@ def measure(name: str, quantizer: Quantizer, scratch: Path) -> str:
     """One row of the table."""
     checkpoint = scratch / "checkpoint"
     parameters = write_checkpoint(checkpoint, SHAPES[name])
-    options = {"algo_config": "default", "block_size": 32, "accuracy_level": 4}
-    target = Target("cpu", ExecutionProvider.cpu, Precision.int4, "", quantizer, builder_options=options)
+    own = {"algo_config": "default", "block_size": 32, "accuracy_level": 4}
+    cpu, int4 = ExecutionProvider.cpu, Precision.int4
+    target = Target("cpu", cpu, int4, "", quantizer, builder_options=own)
     onnx, work = str(scratch / "onnx"), str(scratch / "work")
     request = Request(str(checkpoint), onnx, work, target, ["genai"], "some text " * 40, 8192)
     peaks, start = Peaks(), time.monotonic()
