@@ -105,8 +105,9 @@ def measure(name: str, quantizer: Quantizer, limit_mb: int, scratch: Path) -> st
     """One row of the table."""
     checkpoint = scratch / "checkpoint"
     parameters = write_checkpoint(checkpoint, SHAPES[name])
-    options = {"algo_config": "default", "block_size": 32, "accuracy_level": 4}
-    target = Target("cpu", ExecutionProvider.cpu, Precision.int4, "", quantizer, [], options)
+    own = {"algo_config": "default", "block_size": 32, "accuracy_level": 4}
+    cpu, int4 = ExecutionProvider.cpu, Precision.int4
+    target = Target("cpu", cpu, int4, "", quantizer, builder_options=own)
     onnx, work = str(scratch / "onnx"), str(scratch / "work")
     request = Request(str(checkpoint), onnx, work, target, ["genai"], "some text " * 40, 8192)
     mapped = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))

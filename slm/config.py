@@ -52,14 +52,21 @@ class Quantizer(enum.Enum):
 
     `rtn` is the exporter's own round to nearest, one tensor at a time: the builder's `default` to
     the bit. `grid` keeps the integers and scales of a checkpoint that was quantized before, such as
-    a GGUF. `gptq` rounds on the inputs that a calibration text gives, layer by layer. `builder`
-    leaves it to the builder and its options, at three times the memory.
+    a GGUF. `mse` searches the scale of least squared error, `gptq` scales and integers together;
+    both weigh errors by the inputs that a calibration text gives, layer by layer. `builder` leaves
+    it to the builder and its options, at three times the memory.
     """
 
     rtn = "rtn"
     grid = "grid"
+    mse = "mse"
     gptq = "gptq"
     builder = "builder"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it reads a text."""
+        return self in (Quantizer.mse, Quantizer.gptq)
 
 
 class Graph(enum.Enum):
@@ -161,7 +168,10 @@ class Target:
 
     `builder_options` are the builder's `--extra_options`. `runtime_package` is pinned to the
     version of the onnxruntime-genai that exported the model. `int8` are endings of the names of
-    linears to which `quantizer=gptq` leaves 8 bits, as the checkpoint names them.
+    linears to which `quantizer=gptq` leaves 8 bits, as the checkpoint names them. Of
+    `budget_mb` and `budget_bits` one may be given instead: `gptq` then leaves 8 bits to the linears
+    that int4 harms most. The budget is what the linears' integers and scales take: 10^6 bytes, or
+    bits for each weight, which suits models of any size.
     """
 
     name: str = MISSING
@@ -170,6 +180,8 @@ class Target:
     runtime_package: str = MISSING
     quantizer: Quantizer = Quantizer.builder
     int8: list[str] = field(default_factory=list)
+    budget_mb: float | None = None
+    budget_bits: float | None = None
     builder_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -183,9 +195,15 @@ class Target:
                 f"but default; found {options}. Other algorithms are the builder's: "
                 "target.quantizer=builder."
             )
-        if self.int8 and self.quantizer is not Quantizer.gptq:
+        mixing = ("int8", "budget_mb", "budget_bits")
+        given = [name for name in mixing if getattr(self, name) not in (None, [])]
+        if len(given) > 1:
+            raise InputError(f"target has {' and '.join(given)}; give one of them.")
+        int4 = self.precision is Precision.int4 and self.quantizer is Quantizer.gptq
+        if given and not int4:
             raise InputError(
-                f"target.int8 is {self.int8}, which only target.quantizer=gptq can give 8 bits."
+                f"target.{given[0]} is {getattr(self, given[0])}, which only "
+                "target.quantizer=gptq with precision=int4 can heed."
             )
 
 

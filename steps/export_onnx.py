@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from slm.config import ROOT, WINDOW, Config, Export, Quantizer, Target
+from slm.config import ROOT, WINDOW, Config, Export, Target
 from slm.digests import (
     Provenance,
     digest_of,
@@ -93,7 +93,7 @@ def export_onnx(
         graph=exported.graph,
         refused=exported.refused,
         quantizer=target.quantizer.value if target.precision.bits else "",
-        calibration=calibration,
+        calibration=calibration | ({"linears": exported.linears} if exported.linears else {}),
         builder_arguments=arguments,
         versions=versions(*LIBRARIES),
         notes=notes,
@@ -120,10 +120,12 @@ def export_onnx(
 
 def calibration_of(target: Target, settings: Export) -> dict[str, Any]:
     """All that shapes the weights of a calibrated target; nothing of others."""
-    if target.quantizer is not Quantizer.gptq:
+    if not target.quantizer.calibrates:
         return {}
     text = digest_of(read_calibration(settings.calibration))
-    return {"text": text, "tokens": settings.calibration_tokens, "int8": list(target.int8)}
+    mixed = {name: getattr(target, name) for name in ("int8", "budget_mb", "budget_bits")}
+    own = {name: value for name, value in mixed.items() if value}
+    return {"text": text, "tokens": settings.calibration_tokens, **own}
 
 
 def main(config: Config) -> OnnxModel:

@@ -1,27 +1,32 @@
 """Quantizing on a calibration text: the rounding, the layers, and the graph that takes them."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from slm.config import ROOT
+from slm.digests import read_provenance, write_provenance
 from slm.errors import InputError, StepError
 from slm.exporters import builder, graph, mobius
 from slm.exporters.calibrated import Calibrated
-from slm.exporters.calibration import Rounding, Saved, Tensors, calibrate
+from slm.exporters.calibration import Rounding, Saved, calibrate, product, sum_of
 from slm.exporters.calibration_text import read_calibration
-from slm.exporters.gptq import pack, round_weight, unpack
-from slm.exporters.worker import silent
+from slm.exporters.decoder import Decoder, Tensors
+from slm.exporters.gptq import Inputs, pack, round_weight, search_scales, unpack
+from slm.exporters.sensitivity import Size, keep_in_int8, sensitivity, sizes_of
+from slm.exporters.worker import MIXED, share_budget, silent
 from slm_pyfunc.engine.runtime import Runtime
 from tests.checkpoints import write_as_phi3, write_shallow, write_tiny
-from tests.conftest import composed
+from tests.conftest import Project, composed
 
 WORDS = 8  # an n-gram this long is not in two texts by chance
 
@@ -53,9 +58,27 @@ def test_gptq_is_closer_than_rounding_to_nearest_on_real_weights(smollm2: Path, 
     inputs = inputs_like_a_layers(weight.shape[1])
     packed, scales = rtn(weight)
     nearest = weighted_error(weight, unpack(packed, 32), scales, inputs)
-    integers, own = round_weight(weight, inputs.T @ inputs, 4, 32)
+    integers, own = round_weight(weight, Inputs(inputs.T @ inputs), 4, 32)
     packed = pack(integers, 4, 32)
     assert weighted_error(weight, unpack(packed, 32), own.astype(np.float32), inputs) < nearest / 4
+
+
+@pytest.mark.parametrize("shape", [(24, 96), (5, 50), (64, 64)])
+def test_searched_scales_lose_less_than_rounding_to_nearest(shape: tuple[int, int]) -> None:
+    draw = np.random.default_rng(3)
+    weight = draw.standard_t(3, shape).astype(np.float32)
+    importance = draw.exponential(1.0, shape[1]).astype(np.float32) ** 2
+
+    def lost(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        values = integers * np.repeat(scales.astype(np.float32), 32, 1)[:, : shape[1]]
+        return ((values - weight) ** 2 * importance).sum(1)
+
+    packed, scales = rtn(weight)
+    nearest = unpack(packed, 32).reshape(len(weight), -1)[:, : shape[1]]
+    searched = search_scales(weight, importance, 4, 32)
+    stored = nearest, scales.astype(np.float16)
+    assert (lost(*searched) <= lost(*stored)).all()
+    assert lost(*searched).sum() < 0.9 * lost(*stored).sum()
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (7, 33), (3, 100), (64, 96), (5, 257)])
@@ -73,7 +96,7 @@ def calibrated(checkpoint: Path, folder: Path, *int8: str, block_size: int = 32)
     folder.mkdir()
     tokens = [int(token) for token in np.random.default_rng(2).integers(3, 200, 128)]
     rounding = Rounding(4, block_size, list(int8))
-    calibrate(checkpoint, tokens, 64, rounding, folder, lambda _: None)
+    calibrate(Decoder(checkpoint, tokens, 64), rounding, folder, lambda _: None)
     return Calibrated(checkpoint, folder, block_size, 0)
 
 
@@ -87,7 +110,14 @@ def export(maker: Any, checkpoint: Path, quantizer: graph.Quantizer, folder: Pat
 @pytest.mark.parametrize(
     ("maker", "kind"),
     # Not mobius and phi3: its graph of a tied Phi-3 looks words up in a float embedding.
-    [(builder, "llama"), (mobius, "llama"), (builder, "phi3"), (builder, "untied")],
+    [
+        (builder, "llama"),
+        (mobius, "llama"),
+        (builder, "phi3"),
+        (builder, "untied"),
+        (builder, "head"),
+        (mobius, "head"),
+    ],
 )
 def test_an_export_says_what_its_rounded_weights_say_in_torch(
     maker: Any, kind: str, tiny: Path, smollm2: Path, tmp_path: Path
@@ -100,7 +130,7 @@ def test_an_export_says_what_its_rounded_weights_say_in_torch(
         checkpoint = write_tiny(tmp_path / "untied", smollm2, tie_word_embeddings=False)
     if kind == "phi3":
         checkpoint = write_as_phi3(tmp_path / "phi3", tiny)
-    int8 = ("v_proj", "0.mlp.down_proj", *(["lm_head"] if kind == "llama" else []))
+    int8 = ["v_proj", "0.mlp.down_proj", *(["lm_head"] if kind == "head" else [])]
     quantizer = calibrated(checkpoint, tmp_path / "calibrated", *int8)
     runtime = export(maker, checkpoint, quantizer, tmp_path / "onnx")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -122,6 +152,33 @@ def test_a_float16_graph_finds_its_weights_and_answers(tiny: Path, tmp_path: Pat
     write = partial(graph.write, quantizer=quantizer, said=silent)
     builder.make(tiny, target, target.precision, tmp_path / "onnx", write)
     assert np.isfinite(Runtime(tmp_path / "onnx").log_probabilities([5, 6, 7])).all()
+
+
+def test_the_estimate_of_what_int4_harms_is_what_it_harms(tiny: Path, tmp_path: Path) -> None:
+    """Against the divergence itself, of a model in which one linear alone is rounded."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = [int(token) for token in np.random.default_rng(4).integers(3, 200, 512)]
+    rounding = Rounding(4, 32, [])
+    (tmp_path / "found").mkdir()
+    found = sensitivity(Decoder(tiny, tokens, 64), rounding, tmp_path / "found", lambda _: None)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    windows = torch.tensor(tokens).view(-1, 64)
+    with torch.inference_mode():
+        whole = torch.log_softmax(model(windows).logits, -1)
+        for name in ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"):
+            linear = model.get_submodule(name)
+            inputs: list[torch.Tensor] = []
+            hook = linear.register_forward_hook(lambda _, x, __, to=inputs: to.append(x[0]))
+            model(windows)
+            hook.remove()
+            before = linear.weight
+            moments = sum_of(product(x, x) for x in inputs)
+            linear.weight = rounding.round(name, before, moments, sweeps=0).weight(before.shape[1])
+            rounded = torch.log_softmax(model(windows).logits, -1)
+            linear.weight = before
+            divergence = float((whole.exp() * (whole - rounded)).sum(-1).mean())
+            assert found[name] == pytest.approx(divergence, rel=0.5), name
 
 
 def test_a_weight_that_is_not_the_checkpoints_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -172,7 +229,7 @@ def test_calibration_that_broke_off_goes_on_after_its_last_layer(
         (folder / f"{name}.safetensors").write_bytes((whole / f"{name}.safetensors").read_bytes())
     before = (folder / "0.safetensors").stat().st_mtime_ns
     tokens = [int(token) for token in np.random.default_rng(2).integers(3, 200, 128)]
-    calibrate(tiny, tokens, 64, Rounding(4, 32, []), folder, lambda _: None)
+    calibrate(Decoder(tiny, tokens, 64), Rounding(4, 32, []), folder, lambda _: None)
     assert (folder / "0.safetensors").stat().st_mtime_ns == before
     for name in ("head", "0", "1"):
         file = f"{name}.safetensors"
@@ -207,6 +264,64 @@ def test_a_calibration_row_without_text_is_named(tmp_path: Path) -> None:
         read_calibration(str(path))
 
 
-def test_int8_linears_are_gptqs_alone() -> None:
-    with pytest.raises(Exception, match="only target.quantizer=gptq can give 8 bits"):
-        composed("+target.int8=[v_proj]")
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["target.int8=[v_proj]"], "only target.quantizer=gptq with precision=int4 can heed"),
+        (["target.budget_mb=90"], "only target.quantizer=gptq with precision=int4 can heed"),
+        (["target.quantizer=gptq", "target.budget_mb=9", "target.budget_bits=5"], "give one of"),
+    ],
+)
+def test_a_mixture_that_cannot_be_made_is_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(Exception, match=words):
+        composed(*overrides)
+
+
+def test_a_budget_is_kept_and_spent_the_same_way_twice(tiny: Path, tmp_path: Path) -> None:
+    tokens = [int(token) for token in np.random.default_rng(2).integers(3, 200, 128)]
+    rounding = Rounding(4, 32, [])
+    made = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        decoder = Decoder(tiny, tokens, 64)
+        sizes = sizes_of(decoder, 32)
+        least, most = (sum(size[i] for size in sizes.values()) for i in (1, 2))
+        for share in (0, 0.1, 1):
+            budget_mb = (least + share * (most - least)) / 1e6
+            target = composed("target.quantizer=gptq", f"target.budget_mb={budget_mb!r}").target
+            int8 = share_budget(target, decoder, rounding, folder)
+            noted = json.loads((folder / MIXED).read_text())
+            assert noted.keys() == sizes.keys()
+            assert all(each["divergence"] > 0 for each in noted.values())
+            assert set(int8) == {name for name in noted if noted[name]["bits"] == 8}
+            left = budget_mb * 1e6 - least - sum(sizes[name].more for name in int8)
+            assert left > -1 and all(left < sizes[n].more for n in sizes if n not in int8)
+            made.append(noted)
+    assert made[:3] == made[3:]
+
+
+def test_a_mixed_exports_provenance_has_the_bits_of_each_linear(
+    project: Project, tiny: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(tiny, tmp_path / "checkpoint")
+    write_provenance(checkpoint)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": " ".join(str(number) for number in range(400))}))
+    target = ["target=cpu-int4-gptq-block-32-acc-level-4", "target.budget_bits=4.55"]
+    calibration = [f"export.calibration={text}", "export.calibration_tokens=512"]
+    exported = project.call("export_onnx", f"source={checkpoint}", *target, *calibration)
+    found = read_provenance(Path(exported.uri)).calibration
+    assert found["budget_bits"] == 4.55 and found["tokens"] == 512
+    bits = {name: each["bits"] for name, each in found["linears"].items()}
+    assert set(bits.values()) == {4, 8} and bits["lm_head"] == 4 and len(bits) == 15
+    graph = ir.load(Path(exported.uri) / "model.onnx").graph
+    products = [node for node in graph if node.op_type == "MatMulNBits"]
+    rows = [p.attributes["N"].value for p in products if p.attributes["bits"].value == 8]
+    with safe_open(tiny / "model.safetensors", "np") as file:
+        kept = sum(file.get_slice(f"{n}.weight").get_shape()[0] for n in bits if bits[n] == 8)
+    assert sum(rows) == kept
+
+
+def test_a_budget_that_int4_exceeds_is_refused() -> None:
+    with pytest.raises(InputError, match="budget_mb is 1; this .* take 2.0 MB in int4 and 4.0 in"):
+        keep_in_int8({}, {"linear": Size(4 * 10**6, 2 * 10**6, 4 * 10**6)}, 1)

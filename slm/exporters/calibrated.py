@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from slm.errors import StepError
-from slm.exporters.calibration import HEAD, Saved, Tensors
+from slm.exporters.calibration import HEAD, Saved
+from slm.exporters.decoder import Tensors
 from slm.exporters.graph import Packed
 
 

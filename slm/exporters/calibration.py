@@ -6,7 +6,6 @@ checkpoint's stream has at its output, and then rounded (gptq.py) under the mome
 inputs. Each layer's result is a file of the folder, and a layer that has one is not made again.
 """
 
-import bisect
 import contextlib
 import functools
 import itertools
@@ -19,35 +18,52 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from slm.errors import StepError
-from slm.exporters.gptq import pack, round_weight, unpack
-from slm.sources.weights import weight_files
+from slm.exporters.decoder import Call, Decoder, Reached, output_of
+from slm.exporters.gptq import SWEEPS, Inputs, pack, round_weight, search_scales, unpack
 
 # Of the moments' mean diagonal: how little a text may correct.
 CORRECTION_DAMPING = 0.05
 HEAD = "head"
 PACKED, SCALES = ".packed", ".scales"  # endings of the names in a layer's file
 
-Call = Callable[[nn.Module, torch.Tensor], Any]
-
 
 @dataclass(frozen=True)
 class Rounding:
-    """How linears are rounded: to `bits`, or to 8 where a name has an ending of `int8`."""
+    """How linears are rounded: to `bits`, or to 8 where a name has an ending of `int8`.
+
+    By GPTQ, or, if `searched`, to nearest with scales of least squared error.
+    """
 
     bits: int
     block_size: int
     int8: list[str]
+    searched: bool = False
 
-    def round(self, name: str, weight: torch.Tensor, moments: torch.Tensor) -> "Rounded":
+    def bits_of(self, name: str) -> int:
         whole = tuple(f".{ending}" for ending in self.int8)  # not 10.mlp for 0.mlp
-        bits = 8 if f".{name}".endswith(whole) else self.bits
-        integers, scales = round_weight(weight.numpy(), moments.numpy(), bits, self.block_size)
-        return Rounded(pack(integers, bits, self.block_size), scales, self.block_size)
+        return 8 if f".{name}".endswith(whole) else self.bits
+
+    def round(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        moments: torch.Tensor,
+        drift: torch.Tensor | None = None,
+        sweeps: int = SWEEPS,
+    ) -> "Rounded":
+        """Round a weight on its inputs' moments, corrected for a drift if there is one."""
+        bits, block_size = self.bits_of(name), self.block_size
+        if self.searched:
+            importance = moments.diag().numpy()
+            integers, scales = search_scales(weight.numpy(), importance, bits, block_size)
+        else:
+            weight = weight if drift is None else corrected(weight, moments, drift)
+            inputs = Inputs(moments.numpy())
+            integers, scales = round_weight(weight.numpy(), inputs, bits, block_size, sweeps)
+        return Rounded(pack(integers, bits, block_size), scales, block_size)
 
 
 @dataclass(frozen=True)
@@ -64,167 +80,57 @@ class Rounded:
         return nn.Parameter(torch.from_numpy(values.reshape(len(values), -1)[:, :inputs].copy()))
 
 
-class Tensors:
-    """A checkpoint's tensors by name, in float32, read when they are asked for."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.files: dict[str, Any] = {}
-        for path in weight_files(checkpoint, str(checkpoint)):
-            file = safe_open(path, "pt")
-            self.files |= dict.fromkeys(file.keys(), file)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.files:
-            raise StepError(
-                f"the checkpoint has no tensor {name}, which transformers' model has: calibration "
-                "cannot run it. Export with target.quantizer=rtn."
-            )
-        tensor = self.files[name].get_tensor(name).float()
-        if not tensor.isfinite().all():
-            raise StepError(f"{name} holds NaN or infinity: the checkpoint is damaged.")
-        return tensor
-
-    def rows(self, name: str, wanted: np.ndarray) -> np.ndarray:
-        """For each row of `wanted`, the number of the tensor's equal row, or -1.
-
-        Of several equal rows it is the one that comes next, as in the tensor itself.
-        """
-        own = self[name].numpy().astype(wanted.dtype)
-        if own.shape[1] != wanted.shape[1]:
-            return np.full(len(wanted), -1)
-        numbers: dict[int, list[int]] = {}
-        for number, row in enumerate(own):
-            numbers.setdefault(hash(row.tobytes()), []).append(number)
-        found, last = np.full(len(wanted), -1), -1
-        for i, row in enumerate(wanted):
-            if equal := numbers.get(hash(row.tobytes())):
-                last = found[i] = equal[bisect.bisect_right(equal, last) % len(equal)]
-        found[(own[found] != wanted).any(1)] = -1
-        return found
-
-    def fill(self, module: nn.Module, prefix: str, apart_from: str = "\0") -> None:
-        """Give a module on the meta device its weights."""
-        names = [name for name in module.state_dict() if not name.startswith(apart_from)]
-        own = {name: self[f"{prefix}.{name}"] for name in names}
-        module.load_state_dict(own, strict=False, assign=True)
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def calibrate(
-    checkpoint: Path,
-    tokens: list[int],
-    window: int,
+    decoder: Decoder,
     rounding: Rounding,
     folder: Path,
     said: Callable[[str], None],
 ) -> None:
-    """Write the file of each layer that has none, and of the head.
-
-    The text is read in windows of that many tokens.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(checkpoint)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    names = {module: name for name, module in model.named_modules()}
-    tensors = Tensors(checkpoint)
-    inner = model.get_decoder()
-    if not hasattr(inner, "layers") or not hasattr(inner, "norm"):
-        raise StepError(
-            f"calibration needs a decoder of layers and a final norm, and {type(inner).__name__} "
-            "has other names for them. Export with target.quantizer=rtn."
-        )
-    layers = inner.layers
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tensors.fill(inner, names[inner], apart_from="layers.")
-    windows = torch.tensor(tokens)[: len(tokens) // window * window].view(-1, 1, window)
-    calls = calls_of_layers(inner, layers, windows[0])
-    embed = functools.partial(first_inputs, inner, layers, windows)
-    whole = embed()
+    """Write the file of each layer that has none, and of the head."""
+    names, layers = decoder.name_of, decoder.layers
+    embedding, head, norm = decoder.embedding, decoder.head, decoder.inner.norm
+    calls = list(zip(layers, decoder.calls, strict=True))
+    whole = decoder.embedded()
     saved = Saved(folder / f"{HEAD}.safetensors", rounding.block_size)
-    if config.tie_word_embeddings:
+    if decoder.tied:
         # The embedding is the head's weight, so the head is rounded before all else.
         if not saved.arrays:
             said("calibrating the head, which is the embedding too: a pass through all layers")
             through = whole
-            for layer, call in zip(layers, calls, strict=True):
-                tensors.fill(layer, names[layer])
-                through = [output_of(call(layer, hidden)) for hidden in through]
-                layer.to("meta")
-            moments = sum_of(product(x, x) for x in map(inner.norm, through))
+            for layer, call in calls:
+                with decoder.filled(layer):
+                    through = [output_of(call(layer, hidden)) for hidden in through]
+            moments = sum_of(product(x, x) for x in map(norm, through))
             saved.add(names[embedding], rounding.round(names[head], embedding.weight, moments))
             saved.write()
         embedding.weight = saved[names[embedding]].weight(embedding.weight.shape[1])
-    rounded = embed()
+    rounded = decoder.embedded()
     embedding.to("meta")
     started = time.monotonic()
-    for i, (layer, call) in enumerate(zip(layers, calls, strict=True)):
+    for i, (layer, call) in enumerate(calls):
         left = f", {(time.monotonic() - started) / i * (len(layers) - i):.0f} s left" if i else ""
         said(f"calibrating layer {i} of {len(layers)}{left}")
-        tensors.fill(layer, names[layer])
         file = Saved(folder / f"{i}.safetensors", rounding.block_size)
-        traces = [traced(layer, call, hidden) for hidden in whole]
-        whole = [trace.output for trace in traces]
-        if not file.arrays:
-            quantize_layer(layer, call, traces, rounded, names, rounding, file)
-            file.write()
-        for name in file.names():
-            linear = layer.get_submodule(name.removeprefix(f"{names[layer]}."))
-            linear.weight = file[name].weight(linear.in_features)
-        rounded = [output_of(call(layer, hidden)) for hidden in rounded]
-        layer.to("meta")
+        with decoder.filled(layer):
+            traces = [traced(layer, call, hidden) for hidden in whole]
+            whole = [trace.output for trace in traces]
+            if not file.arrays:
+                quantize_layer(layer, call, traces, rounded, names, rounding, file)
+                file.write()
+            for name in file.names():
+                linear: Any = layer.get_submodule(name.removeprefix(f"{names[layer]}."))
+                linear.weight = file[name].weight(linear.in_features)
+            rounded = [output_of(call(layer, hidden)) for hidden in rounded]
         del traces  # before the next layer's are made
     if not saved.arrays:
-        tensors.fill(head, names[head])
-        whole, rounded = [inner.norm(x) for x in whole], [inner.norm(x) for x in rounded]
+        decoder.fill_head()
+        whole, rounded = [norm(x) for x in whole], [norm(x) for x in rounded]
         moments = sum_of(product(x, x) for x in rounded)
         pairs = zip(whole, rounded, strict=True)
         drift = head.weight @ sum_of(product(x - y, y) for x, y in pairs)
-        weight = corrected(head.weight, moments, drift)
-        saved.add(names[head], rounding.round(names[head], weight, moments))
+        saved.add(names[head], rounding.round(names[head], head.weight, moments, drift))
         saved.write()
-
-
-def calls_of_layers(inner: Any, layers: nn.ModuleList, window: torch.Tensor) -> list[Call]:
-    """How the model calls each of its layers: with which masks and positions."""
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append((args, kwargs))
-        return hidden
-
-    for layer in layers:
-        layer.forward = record  # type: ignore[assignment]
-    inner(window, use_cache=False)
-    for layer in layers:
-        del layer.forward
-
-    def call_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        return lambda layer, hidden: layer(hidden, *args, **kwargs)
-
-    return [call_of(*each) for each in seen]
-
-
-class Reached(Exception):
-    """What was wanted of a pass through a layer is there."""
-
-
-def first_inputs(inner: Any, layers: nn.ModuleList, windows: torch.Tensor) -> list[torch.Tensor]:
-    """What the model gives its first layer for each window."""
-    found: list[torch.Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        found.append(args[0])
-        raise Reached
-
-    hook = layers[0].register_forward_pre_hook(stop)
-    for window in windows:
-        with contextlib.suppress(Reached):
-            inner(window, use_cache=False)
-    hook.remove()
-    return found
 
 
 @dataclass
@@ -299,9 +205,8 @@ def quantize_layer(
                 apart = trace.residual(lead, writers) - own.residual(lead, writers)
                 drift = drift + product(apart, x)
         for linear in linears:
-            weight = corrected(linear.weight, moments, linear.weight @ change + drift)
-            name = names[linear]
-            file.add(name, rounding.round(name, weight, moments))
+            name, outputs = names[linear], linear.weight @ change + drift
+            file.add(name, rounding.round(name, linear.weight, moments, outputs))
             linear.weight = file[name].weight(linear.in_features)
 
 
@@ -332,10 +237,6 @@ def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def sum_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(torch.add, tensors)
-
-
-def output_of(result: Any) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result
 
 
 class Saved:

@@ -5,40 +5,82 @@ coordinate descent over scales and integers (QuantEase, https://arxiv.org/abs/23
 minimise is the weighted error: the squared difference of the products, summed over the inputs.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
-from scipy.linalg import solve_triangular
+from scipy.linalg import cholesky
+from scipy.linalg.lapack import dtrtri
 
 from slm.exporters.graph import packed_integers
+from slm_pyfunc.engine.cores import available_cores
 
 COLUMNS = 32  # inputs rounded between two large matrix products
-ROWS = 4096  # outputs rounded at a time, which bounds memory
+ROWS = 1024  # outputs rounded at a time by each core: their columns stay in its cache
 SWEEPS = 3
+SHRINKS = np.linspace(1.0, 0.6, 33, dtype=np.float32)  # of the scale that clips nothing
 DAMPING = 0.01  # of the moments' mean diagonal
 
 
+class Inputs:
+    """What rounding has to know of a linear's inputs: their damped `moments`, X^T X."""
+
+    def __init__(self, moments: np.ndarray) -> None:
+        self.hessian = moments.astype(np.float32, copy=True)
+        diagonal = self.hessian.reshape(-1)[:: len(moments) + 1]
+        diagonal += DAMPING * (diagonal.mean() or 1)
+        # Upper triangle U with U^T U = H^-1, by the Cholesky factor of H from its end to its start.
+        flipped = self.hessian[::-1, ::-1].astype(np.float64, order="F")
+        lower = cholesky(flipped, True, overwrite_a=True)
+        inverse, _ = dtrtri(lower, lower=1, overwrite_c=1)
+        self.upper = inverse[::-1, ::-1].astype(np.float32)
+
+
 def round_weight(
-    weight: np.ndarray, moments: np.ndarray, bits: int, block_size: int
+    weight: np.ndarray, inputs: Inputs, bits: int, block_size: int, sweeps: int = SWEEPS
 ) -> tuple[np.ndarray, np.ndarray]:
     """Integers [outputs, inputs] and float16 scales [outputs, blocks] of a weight.
 
-    `weight` is [outputs, inputs], `moments` the sums of its inputs' products, X^T X.
+    `weight` is [outputs, inputs].
     """
-    hessian = moments.astype(np.float32, copy=True)
-    hessian.flat[:: len(hessian) + 1] += DAMPING * (np.diag(hessian).mean() or 1)
-    # Upper triangle U with U^T U = H^-1, by the Cholesky factor of H from its end to its start.
-    lower = np.linalg.cholesky(hessian[::-1, ::-1].astype(np.float64))
-    upper = solve_triangular(lower[::-1, ::-1], np.eye(len(hessian))).astype(np.float32)
     integers = np.empty(weight.shape, np.int16)
-    scales = np.empty((len(weight), -(-len(hessian) // block_size)), np.float16)
-    for start in range(0, len(weight), ROWS):
+    scales = np.empty((len(weight), -(-weight.shape[1] // block_size)), np.float16)
+
+    def round_rows(start: int) -> None:
         rows = slice(start, start + ROWS)
         wanted = np.ascontiguousarray(weight[rows].T, np.float32)
         own = as_stored(signed_extremes(wanted, block_size) / -(2 ** (bits - 1)))
-        q = feed_errors_back(wanted, upper, own, bits, block_size)
-        for _ in range(SWEEPS):
-            sweep(wanted, hessian, q, own, bits, block_size)
+        q = feed_errors_back(wanted, inputs.upper, own, bits, block_size)
+        difference = q * np.repeat(own, block_size, 0)[: len(q)] - wanted
+        for _ in range(sweeps):
+            sweep(wanted, inputs.hessian, q, own, difference, bits, block_size)
         integers[rows], scales[rows] = q.T, own.T
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        list(pool.map(round_rows, range(0, len(weight), ROWS)))
     return integers, scales
+
+
+def search_scales(
+    weight: np.ndarray, importance: np.ndarray, bits: int, block_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `round_weight`, to nearest, with the scales of least squared error.
+
+    The errors of each input's weights count as much as its `importance`, its mean square say.
+    """
+    wanted = np.ascontiguousarray(weight.T, np.float32)
+    extremes = signed_extremes(wanted, block_size) / -(2 ** (bits - 1))
+    starts = range(0, len(wanted), block_size)
+    scales = as_stored(extremes)
+    least = np.full_like(scales, np.inf)
+    for shrink in SHRINKS:
+        tried = as_stored(extremes * shrink)
+        each = np.repeat(tried, block_size, 0)[: len(wanted)]
+        errors = nearest(wanted / nonzero(each), bits) * each - wanted
+        lost = np.add.reduceat(errors**2 * importance[:, None], starts, 0)
+        scales[lost < least], least = tried[lost < least], np.minimum(lost, least)
+    each = np.repeat(scales, block_size, 0)[: len(wanted)]
+    integers = nearest(wanted / nonzero(each), bits)
+    return integers.T.astype(np.int16), scales.T.astype(np.float16)
 
 
 def signed_extremes(wanted: np.ndarray, block_size: int) -> np.ndarray:
@@ -57,17 +99,15 @@ def feed_errors_back(
     The rows of `upper` say how much of it each of them makes up.
     """
     inputs = len(wanted)
-    left = wanted.copy()
-    integers = np.empty_like(wanted)
+    integers, errors = np.empty_like(wanted), np.empty_like(wanted)
     for start in range(0, inputs, COLUMNS):
         stop = min(start + COLUMNS, inputs)
-        errors = np.empty_like(left[start:stop])
+        left = wanted[start:stop] - upper[:start, start:stop].T @ errors[:start]
         for i in range(start, stop):
+            own = left[i - start] - upper[start:i, i] @ errors[start:i]
             scale = scales[i // block_size]
-            integers[i] = nearest(left[i], scale, bits)
-            errors[i - start] = (left[i] - integers[i] * scale) / upper[i, i]
-            left[i + 1 : stop] -= upper[i, i + 1 : stop, None] * errors[i - start]
-        left[stop:] -= upper[start:stop, stop:].T @ errors
+            integers[i] = nearest(own / nonzero(scale), bits)
+            errors[i] = (own - integers[i] * scale) / upper[i, i]
     return integers
 
 
@@ -76,30 +116,34 @@ def sweep(
     hessian: np.ndarray,
     integers: np.ndarray,
     scales: np.ndarray,
+    difference: np.ndarray,
     bits: int,
     block_size: int,
 ) -> None:
     """Set each block's scale, then each of its integers, to the best while all others stay.
 
-    No step raises the weighted error. `integers` and `scales` change in place.
+    No step raises the weighted error. `integers`, `scales` and their `difference` from the wanted
+    values change in place.
     """
     inputs = len(wanted)
-    each = np.repeat(scales, block_size, 0)[:inputs]
-    gradient = hessian @ (integers * each - wanted)
     for b, start in enumerate(range(0, inputs, block_size)):
         block = slice(start, min(start + block_size, inputs))
-        own = hessian[block, block]
-        q, before, slope = integers[block], integers[block] * scales[b], gradient[block].copy()
-        curvature = (q * (own @ q)).sum(0)
+        own, q = hessian[block, block], integers[block]
+        slope = hessian[block] @ difference
+        curving = own @ q
+        curvature = (q * curving).sum(0)
         change = -(slope * q).sum(0) / np.where(curvature > 0, curvature, 1)
         scale = as_stored(scales[b] + np.where(np.abs(change) < np.abs(scales[b]) / 2, change, 0))
-        slope += own @ (q * (scale - scales[b]))
-        for i in range(len(q)):
-            better = nearest(q[i] * scale - slope[i] / own[i, i], scale, bits)
-            slope += own[:, i, None] * ((better - q[i]) * scale)
-            q[i] = better
+        slope += curving * (scale - scales[b])
         scales[b] = scale
-        gradient += hessian[:, block] @ (q * scale - before)
+        step = 1 / nonzero(scale)
+        changes = np.empty_like(slope)
+        for i in range(len(q)):
+            left = (slope[i] + own[i, :i] @ changes[:i]) * (step / own[i, i])
+            better = nearest(q[i] - left, bits)
+            np.multiply(better - q[i], scale, out=changes[i])
+            q[i] = better
+        difference[block] = q * scale - wanted[block]
 
 
 def as_stored(scales: np.ndarray) -> np.ndarray:
@@ -107,11 +151,14 @@ def as_stored(scales: np.ndarray) -> np.ndarray:
     return scales.astype(np.float16).astype(np.float32)
 
 
-def nearest(values: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
-    """The integers whose multiples of the scales are nearest to the values."""
+def nonzero(scales: np.ndarray) -> np.ndarray:
+    return np.where(scales == 0, 1, scales)
+
+
+def nearest(multiples: np.ndarray, bits: int) -> np.ndarray:
+    """The nearest integers that the bits can hold."""
     half = 2 ** (bits - 1)
-    quotients = values / np.where(scale == 0, 1, scale)
-    return np.clip(np.rint(quotients), -half, half - 1)
+    return np.clip(np.rint(multiples), -half, half - 1)
 
 
 def pack(integers: np.ndarray, bits: int, block_size: int) -> np.ndarray:

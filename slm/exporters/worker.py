@@ -18,7 +18,7 @@ import traceback
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slm.config import WINDOW, ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import StepError, one_line, words_for
@@ -28,8 +28,13 @@ from slm.exporters.parity import Parity, Twin
 from slm.records import from_json
 from slm.running.memory import peak_rss_mb, releasing_mapped
 
+if TYPE_CHECKING:
+    from slm.exporters.calibration import Rounding
+    from slm.exporters.decoder import Decoder
+
 MAKERS = {"genai": builder.make, "mobius": mobius.make}
 PARENT_DEATH_SIGNAL = 1  # of Linux's prctl(2)
+MIXED = "mixed.json"  # beside the calibrated layers: the linears that a budget was shared among
 MARK = "@progress "  # begins the lines that the parent reads
 
 
@@ -58,7 +63,8 @@ class Request:
 class Exported:
     """Whose graph it is, how close its twin was, and why others were `refused`, by name.
 
-    `rounded` are the weights that `quantizer=grid` had to round.
+    `rounded` are the weights that `quantizer=grid` had to round. `linears` has the bits of each
+    that a budget was shared among, and what int4 costs it.
     """
 
     graph: str
@@ -67,6 +73,7 @@ class Exported:
     build_s: float
     peak_rss_mb: float
     rounded: list[str] = field(default_factory=list)
+    linears: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def export(request: Request) -> Exported:
@@ -87,7 +94,10 @@ def export(request: Request) -> Exported:
         MAKERS[maker](checkpoint, target, target.precision, onnx, save)
     rounded = require_kept(quantizer) if isinstance(quantizer, Grid) else []
     seconds = round(time.monotonic() - started - agreed.seconds, 1)
-    return Exported(maker, agreed, refused, seconds, round(peak_rss_mb(), 1), rounded)
+    mixed = Path(request.calibrated) / MIXED
+    linears = json.loads(mixed.read_text()) if mixed.is_file() else {}
+    peak_mb = round(peak_rss_mb(), 1)
+    return Exported(maker, agreed, refused, seconds, peak_mb, rounded, linears)
 
 
 def require_kept(grid: Grid) -> list[str]:
@@ -115,6 +125,7 @@ def quantizer_of(request: Request, maker: str) -> graph.Quantizer | None:
     from slm.exporters.calibrated import Calibrated
     from slm.exporters.calibration import Rounding, calibrate
     from slm.exporters.calibration_text import calibration_tokens
+    from slm.exporters.decoder import Decoder
 
     checkpoint, folder = Path(request.checkpoint), Path(request.calibrated)
     folder.mkdir(exist_ok=True)
@@ -129,9 +140,37 @@ def quantizer_of(request: Request, maker: str) -> graph.Quantizer | None:
 
     rows, most = request.calibration, request.calibration_tokens
     tokens = calibration_tokens(rows, checkpoint, most, draft, folder / "answers.json")
-    rounding = Rounding(bits, block_size, target.int8)
-    calibrate(checkpoint, tokens, WINDOW, rounding, folder, partial(say, 0, 0))
+    decode = partial(Decoder, checkpoint, tokens, WINDOW)
+    rounding = Rounding(bits, block_size, target.int8, target.quantizer is Quantizer.mse)
+    if target.budget_mb or target.budget_bits:
+        rounding = replace(rounding, int8=share_budget(target, decode(), rounding, folder))
+    calibrate(decode(), rounding, folder, partial(say, 0, 0))
     return Calibrated(checkpoint, folder, block_size, accuracy_level)
+
+
+def share_budget(
+    target: Target, decoder: "Decoder", rounding: "Rounding", folder: Path
+) -> list[str]:
+    """The linears that keep 8 bits within the target's budget. Notes all of them in `folder`."""
+    from slm.exporters.sensitivity import keep_in_int8, sensitivity, sizes_of
+
+    sizes = sizes_of(decoder, rounding.block_size)
+    weights = sum(size.weights for size in sizes.values())
+    budget_mb = target.budget_mb or (target.budget_bits or 0) * weights / 8e6
+    divergence = sensitivity(decoder, rounding, folder, partial(say, 0, 0))
+    int8 = keep_in_int8(divergence, sizes, budget_mb)
+    linears = {
+        name: {
+            "bits": 8 if name in int8 else 4,
+            "divergence": float(f"{divergence[name]:.3g}"),
+        }
+        for name in sizes
+    }
+    (folder / MIXED).write_text(json.dumps(linears))
+    taken = sum(size.int8 if name in int8 else size.int4 for name, size in sizes.items()) / 1e6
+    said = f"{len(int8)} of {len(sizes)} linears keep 8 bits: {taken:.1f} MB of {budget_mb:.1f}"
+    say(0, 0, said)
+    return int8
 
 
 def choose(request: Request, checkpoint: Path, folder: Path) -> tuple[str, Parity, dict[str, str]]:

@@ -1,0 +1,205 @@
+"""How much a text's predictions suffer if a linear is rounded to int4, for each linear by itself.
+
+To second order, the KL divergence that a change dW of its weight causes at a position is half the
+mean square of g . dW x, where x is the linear's input and g the gradient, at its output, of the
+log-likelihood of a token drawn from the model's own predictions (the Fisher information). The
+gradients come by a pass back through the layers, of which one is in memory at a time; each layer's
+inputs, and its rounded weights, wait on disk. What one position's change does to the next is left
+out: the layers that are rounded later make up for most of what positions have in common.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from slm.errors import InputError
+from slm.exporters.calibration import Rounding, Saved, product, sum_of, traced
+from slm.exporters.decoder import Call, Decoder, output_of
+
+WINDOWS = 16  # of the text, spread over it: as many as ranking the linears takes
+
+
+@torch.no_grad()
+def sensitivity(
+    decoder: Decoder, rounding: Rounding, folder: Path, said: Callable[[str], None]
+) -> dict[str, float]:
+    """Each linear's divergence, in nats a token; kept in `folder`."""
+    path, scratch = folder / "sensitivity.json", folder / "sensitivity"
+    if path.is_file():
+        return dict(json.loads(path.read_text()))
+    scratch.mkdir(exist_ok=True)
+    decoder.windows = decoder.windows[:: -(-len(decoder.windows) // WINDOWS)]
+    names, count, positions = decoder.name_of, len(decoder.layers), decoder.windows.numel()
+    hidden = decoder.embedded()
+    for i, (layer, call) in enumerate(zip(decoder.layers, decoder.calls, strict=True)):
+        said(f"what int4 harms: forward through layer {i} of {count}")
+        np.save(scratch / f"{i}.npy", torch.cat(hidden).numpy())
+        saved = Saved(scratch / f"{i}.int4", rounding.block_size)
+        with decoder.filled(layer):
+            hidden = round_once(layer, call, hidden, names, rounding, saved)
+    found: dict[str, float] = {}
+
+    def go_back(
+        module: nn.Module, call: Call, inputs: Iterable[torch.Tensor], saved: Saved, slope_of: Slope
+    ) -> list[torch.Tensor]:
+        """Through one module: the gradients at its inputs."""
+        changes = {
+            linear: saved[names[linear]].weight(linear.in_features) - linear.weight
+            for linear in linears_of(module)
+            if names[linear] in saved.names()
+        }
+        found.update({names[linear]: 0.0 for linear in changes})
+        slopes = []
+        for number, x in enumerate(inputs):
+            slope, gradients = gradients_of(module, call, x, partial(slope_of, number))
+            slopes.append(slope)
+            for linear, (own, gradient) in gradients.items():
+                effect = (gradient * (own @ changes[linear].T)).sum(-1)
+                found[names[linear]] += float(effect.square().sum()) / 2 / positions
+        return slopes
+
+    def predict(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return head(decoder.inner.norm(x))
+
+    said("what int4 harms: the head")
+    decoder.fill_head()
+    saved = Saved(scratch / "head.int4", rounding.block_size)
+    round_once(decoder.head, predict, hidden, names, rounding, saved)
+    slopes = go_back(decoder.head, predict, hidden, saved, slope_of_a_draw)
+    rounded_head = saved[names[decoder.head]] if decoder.tied else None
+    if not decoder.tied:
+        decoder.head.to("meta")
+    for i in reversed(range(count)):
+        said(f"what int4 harms: back through layer {i} of {count}")
+        inputs = torch.from_numpy(np.load(scratch / f"{i}.npy")).split(1)
+        saved = Saved(scratch / f"{i}.int4", rounding.block_size)
+        with decoder.filled(decoder.layers[i]):
+            slopes = go_back(
+                decoder.layers[i], decoder.calls[i], inputs, saved, slope_among(slopes)
+            )
+    if rounded_head:  # the embedding changes with it
+        whole = decoder.embedded()
+        decoder.embedding.weight = rounded_head.weight(decoder.embedding.weight.shape[1])
+        pairs = zip(slopes, whole, decoder.embedded(), strict=True)
+        effects = sum_of((g * (y - x)).sum(-1).square().sum() for g, x, y in pairs)
+        found[names[decoder.head]] += float(effects) / 2 / positions
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(found))
+    os.replace(unfinished, path)
+    shutil.rmtree(scratch)
+    return found
+
+
+def keep_in_int8(found: dict[str, float], sizes: dict[str, "Size"], budget_mb: float) -> list[str]:
+    """The linears to leave 8 bits: those that it saves most divergence for each byte.
+
+    Raises InputError where all of them in int4 are larger than the budget.
+    """
+    left = round(budget_mb * 1e6) - sum(size.int4 for size in sizes.values())
+    if left < 0:
+        least, most = (sum(getattr(s, n) for s in sizes.values()) / 1e6 for n in ("int4", "int8"))
+        raise InputError(
+            f"target.budget_mb is {budget_mb:g}; this checkpoint's linears take {least:.1f} MB in "
+            f"int4 and {most:.1f} in int8, with their scales."
+        )
+    kept = []
+    for name in sorted(sizes, key=lambda name: -found[name] / sizes[name].more):
+        if sizes[name].more <= left:
+            left -= sizes[name].more
+            kept.append(name)
+    return kept
+
+
+class Size(NamedTuple):
+    """A linear's weights, and the bytes of its integers and scales."""
+
+    weights: int
+    int4: int
+    int8: int
+
+    @property
+    def more(self) -> int:
+        return self.int8 - self.int4
+
+
+def sizes_of(decoder: Decoder, block_size: int) -> dict[str, Size]:
+    """Those of the layers' linears and of the head."""
+    sizes = {}
+    for linear in [*linears_of(decoder.layers), decoder.head]:
+        blocks = linear.out_features * -(-linear.in_features // block_size)
+        own = Size(linear.weight.numel(), blocks * (block_size // 2 + 2), blocks * (block_size + 2))
+        sizes[decoder.name_of[linear]] = own
+    return sizes
+
+
+Slope = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+def linears_of(module: nn.Module) -> list[nn.Linear]:
+    return [each for each in module.modules() if isinstance(each, nn.Linear)]
+
+
+def round_once(
+    module: nn.Module,
+    call: Call,
+    hidden: list[torch.Tensor],
+    names: dict[nn.Module, str],
+    rounding: Rounding,
+    saved: Saved,
+) -> list[torch.Tensor]:
+    """Round a module's linears, each on the inputs that it has; return the module's outputs."""
+    moments: dict[nn.Linear, torch.Tensor] = {}
+    outputs = []
+    for x in hidden:
+        trace = traced(module, call, x)
+        outputs.append(trace.output)
+        own = {id(x): product(x, x) for x in trace.inputs.values()}
+        for linear, x in trace.inputs.items():
+            moments[linear] = moments.get(linear, torch.zeros(())) + own[id(x)]
+    for linear, moment in moments.items():
+        saved.add(names[linear], rounding.round(names[linear], linear.weight, moment, sweeps=0))
+    saved.write()
+    return outputs
+
+
+def gradients_of(
+    module: nn.Module, call: Call, x: torch.Tensor, slope_of: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, dict[nn.Linear, tuple[torch.Tensor, torch.Tensor]]]:
+    """The gradient at a module's input, and each linear's input with the gradient at its output."""
+    seen: dict[nn.Linear, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def record(linear: nn.Linear, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen[linear] = args[0].detach(), output
+
+    hooks = [linear.register_forward_hook(record) for linear in linears_of(module)]
+    module.requires_grad_(False)
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        output = output_of(call(module, x))
+        through = [x, *(own for _, own in seen.values())]
+        slope, *slopes = torch.autograd.grad(output, through, slope_of(output.detach()))
+    for hook in hooks:
+        hook.remove()
+    pairs = zip(seen.items(), slopes, strict=True)
+    return slope, {linear: (own, gradient) for (linear, (own, _)), gradient in pairs}
+
+
+def slope_among(slopes: list[torch.Tensor]) -> Slope:
+    return lambda number, _: slopes[number]
+
+
+def slope_of_a_draw(number: int, logits: torch.Tensor) -> torch.Tensor:
+    """The gradient of the loss at logits [1, positions, vocabulary], for tokens drawn from them."""
+    slope = logits.softmax(-1)
+    seeded = torch.Generator().manual_seed(number)
+    drawn = torch.multinomial(slope[0], 1, generator=seeded)
+    slope[0].scatter_add_(1, drawn, torch.full(drawn.shape, -1.0))
+    return slope
