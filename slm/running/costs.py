@@ -63,6 +63,6 @@ def exporting(quantizer: Quantizer, weights: float, onnx_gb: float) -> Cost:
     """By who rounds: one tensor at a time, layer by layer on a text, or the builder."""
     if quantizer in (Quantizer.rtn, Quantizer.grid):
         return Cost(onnx_gb, 0.5 + 1.15 * math.sqrt(weights), 12 + 9.5 * weights)
-    if quantizer in (Quantizer.gptq, Quantizer.mse):
+    if quantizer.calibrates:
         return Cost(onnx_gb, 3.5 + 0.65 * weights, 4400 * weights)
     return Cost(onnx_gb, 6 * weights, 58 * weights)
