@@ -79,7 +79,9 @@ def after_kills(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.registry_state", *STORES])
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
+    # The server of forks has the environment of the test that first asked for one.
+    own_registry = (os.environ.pop, ("MLFLOW_REGISTRY_URI", None))
+    with ProcessPoolExecutor(2, context, *own_registry) as pool:
         project = Generations(folder / "undisturbed", base.evaluations)
         copy_store(base.folder / "mlflow.db", project.folder)
         left = pool.submit(run_and_copy, work, project, folder).result()
