@@ -80,12 +80,15 @@ def after_kills(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.registry_state", *STORES])
     # The server of forks has the environment of the test that first asked for one.
-    own_registry = (os.environ.pop, ("MLFLOW_REGISTRY_URI", None))
-    with ProcessPoolExecutor(2, context, *own_registry) as pool:
+    with ProcessPoolExecutor(2, context, forget_registry) as pool:
         project = Generations(folder / "undisturbed", base.evaluations)
         copy_store(base.folder / "mlflow.db", project.folder)
         left = pool.submit(run_and_copy, work, project, folder).result()
         return [*pool.map(run_again, [work] * len(left), left), state(project)]
+
+
+def forget_registry() -> None:
+    os.environ.pop("MLFLOW_REGISTRY_URI", None)
 
 
 def run_and_copy(
