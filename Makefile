@@ -36,6 +36,8 @@ lint-deploy: $(READY)  ## the files of deploy/ and the workflow, as their platfo
 	$(CHECK) zizmor --offline --quiet .github/workflows
 	$(CHECK) python -c 'from azure.ai.ml import load_online_deployment, load_online_endpoint; \
 		load_online_endpoint("deploy/azureml/endpoint.yml"); load_online_deployment("deploy/azureml/deployment.yml")'
+	@if command -v databricks > /dev/null; then databricks bundle schema | $(CHECK) check-jsonschema --quiet --schemafile - databricks.yml; \
+		else echo "databricks.yml: the Databricks CLI is not here; tests/test_databricks.py has the SDK read it" >&2; fi
 
 format: $(READY)
 	"$(BIN)/ruff" check --fix .

@@ -32,10 +32,11 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 from tests.refusals import asked, refusal, refuse
 from tests.servers import Server
-from tests.unity_catalog import Catalog, unity_catalog
+from tests.unity_catalog import Catalog, aliases, unity_catalog
 
 TOKEN = "dapi-of-the-stand-in"
 USER = "someone@example.com"
+READY = {"ready": "READY", "config_update": "NOT_UPDATING"}
 # Databricks runs a Python task in a REPL: there is no __file__, and sys.exit is no success.
 REPL = """
 import sys
@@ -66,6 +67,7 @@ class Workspace:
         self.app.errorhandler(MlflowException)(refusal)
         for routes in (
             unity_catalog(self.catalog),
+            aliases(self.catalog),
             files(self),
             jobs(self),
             serving(self),
@@ -278,7 +280,11 @@ class Jobs:
         run.process = subprocess.Popen(
             command,
             cwd=folder,
-            env={**self.environment, **self.workspace.credentials},
+            env={
+                **self.environment,
+                **self.cluster_of(run, task).get("spark_env_vars", {}),
+                **self.workspace.credentials,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -286,6 +292,14 @@ class Jobs:
         )
         run.logs[task["task_key"]] = run.process.communicate()[0]
         return run.process.returncode == 0
+
+    def cluster_of(self, run: JobRun, task: dict[str, Any]) -> dict[str, Any]:
+        """The cluster that a task names, or has of its own."""
+        clusters = {
+            one["job_cluster_key"]: one["new_cluster"]
+            for one in run.settings.get("job_clusters", [])
+        }
+        return clusters.get(task.get("job_cluster_key")) or task["new_cluster"]
 
     def file_of(self, python_file: str, folder: Path) -> Path:
         """The file of a task; in one from DBFS, the cluster's folders become the stand-in's."""
@@ -398,8 +412,7 @@ def serving(workspace: Workspace) -> Blueprint:
         if (name := body["name"]) in known:
             refuse("RESOURCE_ALREADY_EXISTS", f"Endpoint {name} exists.")
         config = {**checked(body.get("config", {}), name), "config_version": 1}
-        state = {"ready": "READY", "config_update": "NOT_UPDATING"}
-        known[name] = {**body, "creator": USER, "config": config, "state": state}
+        known[name] = {**body, "creator": USER, "config": config, "state": READY}
         return known[name]
 
     @routes.get("/<name>")
@@ -409,7 +422,8 @@ def serving(workspace: Workspace) -> Blueprint:
     @routes.put("/<name>/config")
     def update(name: str) -> dict[str, Any]:
         version = endpoint(name)["config"]["config_version"] + 1
-        known[name]["config"] = {**checked(asked(), name), "config_version": version}
+        config = {**checked(asked(), name), "config_version": version}
+        known[name] |= {"config": config, "state": READY}
         return known[name]
 
     @routes.delete("/<name>")

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 
 from bench.cluster import cluster
+from deploy.databricks.score import score as databricks_score
 from slm.config import ROOT, Interface
 from slm.digests import write_provenance
 from slm.errors import InputError, StepError
@@ -296,3 +297,20 @@ def test_an_executor_that_cannot_load_the_model_says_so_in_one_line(
     damaged = f"model_uri={tmp_path / 'damaged'}"
     with pytest.raises(StepError, match="a Python worker: .* changed since the model was logged"):
         score(models, tmp_path / "in.parquet", tmp_path / "out.parquet", damaged)
+
+
+def test_the_job_on_databricks_scores_in_the_session_of_its_process(
+    models: Project, spark: "SparkSession", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in models.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    prompts(5).to_parquet(tmp_path / "in.parquet")
+    given = ["--model_uri", "models:/tiny-chat@champion", "--input", f"{tmp_path}/in.parquet"]
+    given += ["--output", f"{tmp_path}/out.parquet", "--overrides", PARAMETERS]
+    with tracking(models):
+        databricks_score(str(ROOT), given)
+        assert len(answers(tmp_path / "out.parquet")) == 5 and spark.range(1).count() == 1
+        with pytest.raises(RuntimeError, match="exit code 2"):
+            databricks_score(str(ROOT), [*given, "score.rows_per_part=0"])

@@ -176,3 +176,18 @@ def unity_catalog(catalog: Catalog) -> Blueprint:
             return operation(**given) or {}
 
     return routes
+
+
+def aliases(catalog: Catalog) -> Blueprint:
+    """/api/2.1/unity-catalog, as the SDK asks it: which version an alias means."""
+    routes = Blueprint("aliases", __name__, url_prefix="/api/2.1/unity-catalog/models")
+
+    @routes.get("/<name>/aliases/<alias>")
+    def version_of(name: str, alias: str) -> dict[str, Any]:
+        found = catalog.store.get_model_version_by_alias(catalog.name(name), alias)
+        names = dict(
+            zip(("catalog_name", "schema_name", "model_name"), name.split("."), strict=True)
+        )
+        return {**names, "version": int(found.version)}
+
+    return routes
