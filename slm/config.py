@@ -167,6 +167,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits
 QUANTIZING = frozenset(
     {
         "is_symmetric",
+        "matmul_mixed_precision",
         "matmulnbits_weights_prepacked",
         "nodes_to_exclude",
         "op_types_to_quantize",
