@@ -163,7 +163,7 @@ class Model:
 
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits
-# The model builder's options of how it quantizes itself.
+# The model builder's options of how it quantizes itself; older names of them begin with int4_.
 QUANTIZING = frozenset(
     {
         "is_symmetric",
@@ -211,9 +211,10 @@ class Target:
                 f"256, and no algo_config but default; found {options}. Other algorithms are the "
                 "builder's: target.quantizer=builder."
             )
-        if own and (unheeded := QUANTIZING & options.keys()):
+        unheeded = [key for key in options if key in QUANTIZING or key.startswith("int4_")]
+        if own and unheeded:
             raise InputError(
-                f"target.builder_options has {', '.join(sorted(unheeded))}, which the builder's "
+                f"target.builder_options has {', '.join(unheeded)}, which the builder's "
                 "own quantizer alone heeds: leave it out, or set target.quantizer=builder."
             )
         valid = {"grid": ("int4",), "mse": ("int4", "int8"), "gptq": ("int4", "int8")}

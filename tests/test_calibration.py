@@ -286,7 +286,10 @@ def test_a_calibration_row_without_text_is_named(row: str, words: str, tmp_path:
             "is int8; with .*grid it must be",
         ),
         (["target.builder_options.block_size=33"], "needs a block_size of 16, 32, 64, 128 or 256"),
-        (["+target.builder_options.is_symmetric=false"], "which the builder's own quantizer alone"),
+        (
+            ["+target.builder_options.int4_is_symmetric=false"],
+            "which the builder's own quantizer alone",
+        ),
     ],
 )
 def test_a_mixture_that_cannot_be_made_is_refused(overrides: list[str], words: str) -> None:
