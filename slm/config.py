@@ -162,6 +162,20 @@ class Model:
         require_name("model.name", self.name)
 
 
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits
+# The model builder's options of how it quantizes itself; older names of them begin with int4_.
+QUANTIZING = frozenset(
+    {
+        "is_symmetric",
+        "matmul_mixed_precision",
+        "matmulnbits_weights_prepacked",
+        "nodes_to_exclude",
+        "op_types_to_quantize",
+        "use_qdq",
+    }
+)
+
+
 @dataclass
 class Target:
     """A hardware target: what the model builder is told, and which runtime wheel serves the result.
@@ -188,17 +202,36 @@ class Target:
         require_name("target.name", self.name)
         options = self.builder_options
         quantized = isinstance(self.precision, Precision) and self.precision.bits
-        known = options.get("algo_config", "default") == "default" and "block_size" in options
-        if quantized and self.quantizer is not Quantizer.builder and not known:
+        known = options.get("algo_config", "default") == "default"
+        known &= options.get("block_size") in BLOCK_SIZES
+        own = quantized and self.quantizer is not Quantizer.builder
+        if own and not known:
             raise InputError(
-                f"target.quantizer={self.quantizer.value} needs a block_size, and no algo_config "
-                f"but default; found {options}. Other algorithms are the builder's: "
-                "target.quantizer=builder."
+                f"target.quantizer={self.quantizer.value} needs a block_size of 16, 32, 64, 128 or "
+                f"256, and no algo_config but default; found {options}. Other algorithms are the "
+                "builder's: target.quantizer=builder."
+            )
+        unheeded = [key for key in options if key in QUANTIZING or key.startswith("int4_")]
+        if own and unheeded:
+            raise InputError(
+                f"target.builder_options has {', '.join(unheeded)}, which the builder's "
+                "own quantizer alone heeds: leave it out, or set target.quantizer=builder."
+            )
+        valid = {"grid": ("int4",), "mse": ("int4", "int8"), "gptq": ("int4", "int8")}
+        precisions = valid.get(self.quantizer.value)
+        known = isinstance(self.precision, Precision)  # what the YAML lacks is the string "???"
+        if precisions and known and self.precision.value not in precisions:
+            raise InputError(
+                f"target.precision is {self.precision.value}; with "
+                f"target.quantizer={self.quantizer.value} it must be {' or '.join(precisions)}."
             )
         mixing = ("int8", "budget_mb", "budget_bits")
         given = [name for name in mixing if getattr(self, name) not in (None, [])]
         if len(given) > 1:
             raise InputError(f"target has {' and '.join(given)}; give one of them.")
+        for name in given[:1]:
+            if name != "int8" and not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"target.{name} is {getattr(self, name)}; it must be above 0.")
         int4 = self.precision is Precision.int4 and self.quantizer is Quantizer.gptq
         if given and not int4:
             raise InputError(

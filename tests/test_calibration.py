@@ -22,10 +22,10 @@ from slm.exporters.calibration import Rounding, Saved, calibrate, product, sum_o
 from slm.exporters.calibration_text import read_calibration
 from slm.exporters.decoder import Decoder, Tensors
 from slm.exporters.gptq import Inputs, pack, round_weight, search_scales, unpack
-from slm.exporters.sensitivity import Size, keep_in_int8, sensitivity, sizes_of
-from slm.exporters.worker import MIXED, share_budget, silent
+from slm.exporters.sensitivity import sensitivity, sizes_of
+from slm.exporters.worker import MIXED, Request, quantizer_of, share_budget, silent
 from slm_pyfunc.engine.runtime import Runtime
-from tests.checkpoints import write_as_phi3, write_shallow, write_tiny
+from tests.checkpoints import write_as_phi3, write_shallow, write_tiny, write_tokenizer
 from tests.conftest import Project, composed
 
 WORDS = 8  # an n-gram this long is not in two texts by chance
@@ -257,10 +257,19 @@ def row_messages(row: dict[str, Any]) -> list[dict[str, str]]:
     return found
 
 
-def test_a_calibration_row_without_text_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"body": "other"}', "row 2 has neither a text nor messages"),
+        ('{"text": null}', "row 2 is malformed at .*text: None is not"),
+        ('{"messages": ["hello"]}', "row 2 is malformed at .*0.: 'hello' is not"),
+        ("text,of,a,table", "mine.jsonl cannot be read: line 2 is not JSON"),
+    ],
+)
+def test_a_calibration_row_without_text_is_named(row: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
-    path.write_text('{"text": "some"}\n{"body": "other"}\n')
-    with pytest.raises(InputError, match="row 2 has neither a text nor messages"):
+    path.write_text(f'{{"text": "some"}}\n{row}\n')
+    with pytest.raises(InputError, match=words):
         read_calibration(str(path))
 
 
@@ -270,6 +279,17 @@ def test_a_calibration_row_without_text_is_named(tmp_path: Path) -> None:
         (["target.int8=[v_proj]"], "only target.quantizer=gptq with precision=int4 can heed"),
         (["target.budget_mb=90"], "only target.quantizer=gptq with precision=int4 can heed"),
         (["target.quantizer=gptq", "target.budget_mb=9", "target.budget_bits=5"], "give one of"),
+        (["target.quantizer=gptq", "target.budget_mb=0"], "budget_mb is 0.0; it must be above 0"),
+        (["target=cuda-fp16", "target.quantizer=gptq"], "is fp16; with .*gptq it must be int4 or"),
+        (
+            ["target.quantizer=grid", "target.precision=int8"],
+            "is int8; with .*grid it must be",
+        ),
+        (["target.builder_options.block_size=33"], "needs a block_size of 16, 32, 64, 128 or 256"),
+        (
+            ["+target.builder_options.int4_is_symmetric=false"],
+            "which the builder's own quantizer alone",
+        ),
     ],
 )
 def test_a_mixture_that_cannot_be_made_is_refused(overrides: list[str], words: str) -> None:
@@ -322,6 +342,30 @@ def test_a_mixed_exports_provenance_has_the_bits_of_each_linear(
     assert sum(rows) == kept
 
 
-def test_a_budget_that_int4_exceeds_is_refused() -> None:
-    with pytest.raises(InputError, match="budget_mb is 1; this .* take 2.0 MB in int4 and 4.0 in"):
-        keep_in_int8({}, {"linear": Size(4 * 10**6, 2 * 10**6, 4 * 10**6)}, 1)
+@pytest.mark.parametrize(
+    ("mixing", "words"),
+    [
+        ("target.budget_bits=4", r"budget is .* MB; this .* take .* MB in int4 and .* in int8"),
+        ("target.int8=[qkv_proj]", "int8 is qkv_proj; none of it .* such as lm_head"),
+    ],
+)
+def test_a_mixture_that_the_checkpoint_has_no_place_for_is_refused_before_any_pass(
+    mixing: str, words: str, tmp_path: Path
+) -> None:
+    checkpoint = write_tiny(tmp_path / "checkpoint", write_tokenizer(tmp_path / "tokenizer"))
+    folder = tmp_path / "calibrated"
+    request = Request(
+        checkpoint=str(checkpoint),
+        onnx="",
+        scratch="",
+        target=composed("target=cpu-int4-gptq-block-32-acc-level-4", mixing).target,
+        makers=[],
+        text="",
+        parity_tokens=2,
+        calibration=[{"text": " ".join(str(number) for number in range(400))}],
+        calibration_tokens=512,
+        calibrated=str(folder),
+    )
+    with pytest.raises(InputError, match=words):
+        quantizer_of(request, "genai")
+    assert not list(folder.iterdir())

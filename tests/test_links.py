@@ -47,6 +47,14 @@ def test_files_outside_of_the_work_folder_are_copied(made: Path, tmp_path: Path)
     assert not (tmp_path / "copy").samefile(made / "large")
 
 
+def test_what_a_symbolic_link_names_is_copied(made: Path, tmp_path: Path) -> None:
+    elsewhere = (made / "large").rename(tmp_path / "large")
+    (made / "large").symlink_to(elsewhere)
+    with copies_as_links(made, tmp_path / "work", made):
+        shutil.copy(made / "large", tmp_path / "copy")
+    assert not (tmp_path / "copy").is_symlink() and not elsewhere.samefile(tmp_path / "copy")
+
+
 def test_another_file_system_gets_one_copy(made: Path, tmp_path: Path) -> None:
     shm = Path("/dev/shm")
     if not shm.is_dir() or shm.stat().st_dev == tmp_path.stat().st_dev:

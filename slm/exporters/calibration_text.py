@@ -8,26 +8,42 @@ export itself, rounded to nearest.
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+
 from slm.config import WINDOW
 from slm.errors import InputError
-from slm.evaluation.data import data_file, read_jsonl
+from slm.evaluation.data import data_file, read_jsonl, readable
+from slm.evaluation.tasks import MESSAGE
 from slm_pyfunc.engine.runtime import Runtime
 from slm_pyfunc.parameters import Parameters
 
 # Sampled, since greedy answers of small models go round in circles; the seed makes them repeatable.
 SAMPLING = Parameters(max_tokens=192, temperature=0.8, top_p=0.9, seed=1)
+ROW = {
+    "properties": {
+        "text": {"type": "string"},
+        "messages": {"type": "array", "minItems": 1, "items": MESSAGE},
+    }
+}
 
 
 def read_calibration(uri: str) -> list[dict[str, Any]]:
     """The rows of `export.calibration`, each with `text` or `messages`."""
-    rows = list(read_jsonl(data_file(uri, "export.calibration")))
+    rows = list(readable(read_jsonl(data_file(uri, "export.calibration")), uri))
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("text"), str) and not isinstance(row.get("messages"), list):
+        if "text" not in row and "messages" not in row:
             raise InputError(f"{uri}, row {number} has neither a text nor messages.")
+        try:
+            jsonschema.validate(row, ROW)
+        except jsonschema.ValidationError as error:
+            raise InputError(
+                f"{uri}, row {number} is malformed at {error.json_path}: {error.message}"
+            ) from error
     if not rows:
         raise InputError(f"{uri} has no rows.")
     return rows
@@ -53,7 +69,9 @@ def calibration_tokens(
         prompts = [runtime.render(messages) for messages in conversations]
         answers = runtime.answer(prompts, SAMPLING)
         spoken = [prompt + answer.text for prompt, [answer] in zip(prompts, answers, strict=True)]
-        kept.write_text(json.dumps(spoken))
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps(spoken))
+        os.replace(partial, kept)
     spoken = json.loads(kept.read_text()) if conversations else []
     written = [row["text"] for row in rows if "text" in row]
     share = most // 2 if written and spoken else most

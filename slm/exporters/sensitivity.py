@@ -99,23 +99,26 @@ def sensitivity(
 
 
 def keep_in_int8(found: dict[str, float], sizes: dict[str, "Size"], budget_mb: float) -> list[str]:
-    """The linears to leave 8 bits: those that it saves most divergence for each byte.
-
-    Raises InputError where all of them in int4 are larger than the budget.
-    """
-    left = round(budget_mb * 1e6) - sum(size.int4 for size in sizes.values())
-    if left < 0:
-        least, most = (sum(getattr(s, n) for s in sizes.values()) / 1e6 for n in ("int4", "int8"))
-        raise InputError(
-            f"target.budget_mb is {budget_mb:g}; this checkpoint's linears take {least:.1f} MB in "
-            f"int4 and {most:.1f} in int8, with their scales."
-        )
+    """The linears to leave 8 bits: those that it saves most divergence for each byte."""
+    left = left_for_int8(sizes, budget_mb)
     kept = []
     for name in sorted(sizes, key=lambda name: -found[name] / sizes[name].more):
         if sizes[name].more <= left:
             left -= sizes[name].more
             kept.append(name)
     return kept
+
+
+def left_for_int8(sizes: dict[str, "Size"], budget_mb: float) -> int:
+    """What all linears in int4 leave of a budget, in bytes. Raises InputError if they exceed it."""
+    left = round(budget_mb * 1e6) - sum(size.int4 for size in sizes.values())
+    if left < 0:
+        least, most = (sum(getattr(s, n) for s in sizes.values()) / 1e6 for n in ("int4", "int8"))
+        raise InputError(
+            f"the target's budget is {budget_mb:.3g} MB; this checkpoint's linears take "
+            f"{least:.3g} MB in int4 and {most:.3g} in int8, with their scales."
+        )
+    return left
 
 
 class Size(NamedTuple):

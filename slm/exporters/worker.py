@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm.config import WINDOW, ExecutionProvider, Precision, Quantizer, Target
-from slm.errors import StepError, one_line, words_for
+from slm.errors import InputError, StepError, one_line, words_for
 from slm.exporters import builder, graph, mobius, parity
 from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
@@ -105,7 +105,8 @@ def require_kept(grid: Grid) -> list[str]:
     if not grid.kept:
         raise StepError(
             "no weight of the checkpoint stands on a grid of at most 255 steps a block: it was "
-            "never quantized, or not kept in float32 since. Export with target.quantizer=rtn."
+            "never quantized, or not kept in float32 since, or the target's weights are float16. "
+            "Export with target.quantizer=rtn, or for a CPU."
         )
     return grid.rounded
 
@@ -122,6 +123,8 @@ def quantizer_of(request: Request, maker: str) -> graph.Quantizer | None:
         return graph.Rtn(bits, block_size, accuracy_level)
     if target.quantizer is Quantizer.grid:
         return Grid(block_size, accuracy_level)
+    from torch.nn import Linear
+
     from slm.exporters.calibrated import Calibrated
     from slm.exporters.calibration import Rounding, calibrate
     from slm.exporters.calibration_text import calibration_tokens
@@ -144,7 +147,14 @@ def quantizer_of(request: Request, maker: str) -> graph.Quantizer | None:
     rounding = Rounding(bits, block_size, target.int8, target.quantizer is Quantizer.mse)
     if target.budget_mb or target.budget_bits:
         rounding = replace(rounding, int8=share_budget(target, decode(), rounding, folder))
-    calibrate(decode(), rounding, folder, partial(say, 0, 0))
+    decoder = decode()
+    names = [name for module, name in decoder.name_of.items() if isinstance(module, Linear)]
+    if target.int8 and not any(rounding.bits_of(name) > bits for name in names):
+        raise InputError(
+            f"target.int8 is {', '.join(target.int8)}; none of it is the end of a linear's name in "
+            f"this checkpoint, such as {names[-1]}."
+        )
+    calibrate(decoder, rounding, folder, partial(say, 0, 0))
     return Calibrated(checkpoint, folder, block_size, accuracy_level)
 
 
@@ -152,11 +162,12 @@ def share_budget(
     target: Target, decoder: "Decoder", rounding: "Rounding", folder: Path
 ) -> list[str]:
     """The linears that keep 8 bits within the target's budget. Notes all of them in `folder`."""
-    from slm.exporters.sensitivity import keep_in_int8, sensitivity, sizes_of
+    from slm.exporters.sensitivity import keep_in_int8, left_for_int8, sensitivity, sizes_of
 
     sizes = sizes_of(decoder, rounding.block_size)
     weights = sum(size.weights for size in sizes.values())
     budget_mb = target.budget_mb or (target.budget_bits or 0) * weights / 8e6
+    left_for_int8(sizes, budget_mb)  # before the pass, which takes minutes
     divergence = sensitivity(decoder, rounding, folder, partial(say, 0, 0))
     int8 = keep_in_int8(divergence, sizes, budget_mb)
     linears = {
@@ -168,7 +179,7 @@ def share_budget(
     }
     (folder / MIXED).write_text(json.dumps(linears))
     taken = sum(size.int8 if name in int8 else size.int4 for name, size in sizes.items()) / 1e6
-    said = f"{len(int8)} of {len(sizes)} linears keep 8 bits: {taken:.1f} MB of {budget_mb:.1f}"
+    said = f"{len(int8)} of {len(sizes)} linears keep 8 bits: {taken:.3g} MB of {budget_mb:.3g}"
     say(0, 0, said)
     return int8
 

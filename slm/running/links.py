@@ -20,7 +20,8 @@ def copies_as_links(files: Path, work: Path, scratch: Path) -> Iterator[None]:
     file is copied, once. Outside of `work` a file is its owner's, who may write into it.
     """
     own = files.resolve().is_relative_to(work.resolve())
-    paths = [path for path in files.rglob("*") if own and path.is_file()]
+    found = files.rglob("*") if own else ()
+    paths = [path for path in found if path.is_file() and not path.is_symlink()]
     places = {inode(path): [path] for path in paths if path.stat().st_size >= LARGE}
     copy, temporary = shutil.copyfile, tempfile.tempdir
 
