@@ -43,6 +43,8 @@ LIBRARIES = (
     "onnxruntime",
     "onnx",
     "onnx-ir",
+    "numpy",
+    "scipy",
     "torch",
     "transformers",
 )

@@ -6,18 +6,14 @@ Texts are JSON Lines, plain text, CSV or Parquet, here or in a dataset at the Hu
     evaluate.texts=hf://datasets/my-org/my-texts@main/data/test.parquet evaluate.text_column=body
 """
 
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from slm.config import ROOT, Evaluate
+from slm.config import Evaluate
 from slm.errors import InputError
 from slm.evaluation.positions import LIMIT
 from slm.evaluation.tasks import require_prompt
-from slm.sources.hub import hub_file
+from slm.sources.rows import READERS, data_file, read_jsonl, readable
 
 # Characters read of the texts for each token to score: no tokenizer comes near on real text, so
 # that a file of any size is read as far as it is needed.
@@ -77,70 +73,3 @@ def read_prompts(config: Evaluate) -> list[dict[str, Any]]:
     if not prompts:
         raise InputError(f"{config.prompts} has no prompts.")
     return prompts[: config.max_prompts]
-
-
-def readable(rows: Iterable[dict[str, Any]], uri: str) -> Iterator[dict[str, Any]]:
-    """The rows; InputError with the file's name where it is not what its suffix says."""
-    try:
-        yield from rows
-    except ValueError as error:  # of json, pandas, pyarrow and UTF-8 alike
-        raise InputError(f"{uri} cannot be read: {error}") from error
-
-
-def data_file(uri: str, key: str) -> Path:
-    """The local file behind a path, relative to the project, or a URI of the hub."""
-    if match := re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/\s]+))?/(\S+)", uri):
-        name, revision, path = match.groups()
-        return hub_file(name, revision or "main", path)
-    if "://" in uri:
-        raise InputError(
-            f"{key}={uri} is not one of a file and hf://datasets/org/name@revision/file."
-        )
-    path = ROOT / Path(uri).expanduser()
-    if not path.is_file():
-        raise InputError(f"{key}={uri}: no such file.")
-    return path
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is not JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not a JSON object.")
-            yield row
-
-
-def read_plain(path: Path) -> Iterator[dict[str, Any]]:
-    """Plain text in rows of 100,000 characters."""
-    with path.open(encoding="utf-8") as file:
-        while text := file.read(100_000):
-            yield {"text": text}
-
-
-def read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    import pandas as pd
-
-    for chunk in pd.read_csv(path, chunksize=1000):
-        yield from chunk.to_dict("records")
-
-
-def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-        yield from batch.to_pylist()
-
-
-READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
-    ".jsonl": read_jsonl,
-    ".txt": read_plain,
-    ".md": read_plain,
-    ".csv": read_csv,
-    ".parquet": read_parquet,
-}

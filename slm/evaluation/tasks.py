@@ -17,6 +17,7 @@ import jsonschema
 import mlflow
 
 from slm.records import AnsweredPrompt
+from slm.sources.rows import MESSAGES
 
 
 def exact_match(answer: str, expected: str) -> bool:
@@ -51,11 +52,6 @@ MATCHERS: dict[str, Callable[[str, Any], bool]] = {
 
 
 TEXT = {"type": "string"}
-MESSAGE = {
-    "type": "object",
-    "required": ["role", "content"],
-    "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": TEXT},
-}
 # What a row may be, as a JSON schema.
 PROMPT = {
     "required": ["inputs"],
@@ -64,7 +60,7 @@ PROMPT = {
             "type": "object",
             "required": ["messages"],
             "properties": {
-                "messages": {"type": "array", "minItems": 1, "items": MESSAGE},
+                "messages": MESSAGES,
                 "max_tokens": {"type": "integer", "minimum": 1},
             },
         },

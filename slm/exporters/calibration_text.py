@@ -17,8 +17,7 @@ import jsonschema
 
 from slm.config import WINDOW
 from slm.errors import InputError
-from slm.evaluation.data import data_file, read_jsonl, readable
-from slm.evaluation.tasks import MESSAGE
+from slm.sources.rows import MESSAGES, data_file, read_jsonl, readable
 from slm_pyfunc.engine.runtime import Runtime
 from slm_pyfunc.parameters import Parameters
 
@@ -27,7 +26,7 @@ SAMPLING = Parameters(max_tokens=192, temperature=0.8, top_p=0.9, seed=1)
 ROW = {
     "properties": {
         "text": {"type": "string"},
-        "messages": {"type": "array", "minItems": 1, "items": MESSAGE},
+        "messages": MESSAGES,
     }
 }
 

@@ -209,10 +209,10 @@ def enum_value(value: Any) -> Any:
 
 
 def code_digests(module: str) -> dict[str, str]:
-    """SHA-256 of a module's file and of all project modules that it imports, and their templates.
+    """SHA-256 of a module's file, of all project modules that it imports, and of their templates.
 
-    Follows `import` statements anywhere in the files. What decides only how a step is run is left
-    out (APART_FROM_OUTCOMES).
+    A template is that of the modules in its folder that name it. Follows `import` statements
+    anywhere in the files. What decides only how a step is run is left out (APART_FROM_OUTCOMES).
     """
     files: dict[str, Path] = {}
     waiting = [module]
@@ -223,7 +223,12 @@ def code_digests(module: str) -> dict[str, str]:
             continue
         files[name] = path
         waiting += imported_names(name, path)
-    templates = {template for path in files.values() for template in path.parent.glob("*.j2")}
+    templates = {
+        template
+        for path in files.values()
+        for template in path.parent.glob("*.j2")
+        if template.name in path.read_text()
+    }
     every = sorted({*files.values(), *templates})
     return {path.relative_to(ROOT).as_posix(): digest_file(path) for path in every}
 
