@@ -159,7 +159,7 @@ def main(config: Config) -> None:
     require_registry(config.register)
     choices = HydraConfig.get().runtime.choices
     chain = Chain(config, choices["model"], choices["target"], overrides_for_children())
-    with mlflow_run("main"):
+    with mlflow_run("main", work_folder(config.paths.work)):
         mlflow.log_params({"model.name": config.model.name, "target.name": config.target.name})
         for link in PIPELINE:
             chain.run(link)

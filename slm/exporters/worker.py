@@ -24,6 +24,7 @@ from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
 from slm.records import from_json
 from slm.running.memory import peak_rss_mb, releasing_mapped
+from slm.running.orphans import end_with_parent
 
 MAKERS = {"genai": builder.make, "mobius": mobius.make}
 MARK = "@progress "  # begins the lines that the parent reads
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("request", type=Path, help="JSON: what to export")
     path: Path = parser.parse_args().request
     logging.disable(logging.INFO)
+    end_with_parent()
     try:
         exported = export(from_json(Request, json.loads(path.read_text())))
     except Exception as error:

@@ -12,17 +12,19 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from slm.config import ROOT
 from slm.digests import digest_file, digest_files, digest_of
 from slm.records import from_json
 from slm.running.memory import peak_with_children_mb
+from slm.running.tracking import environment
 
 log = logging.getLogger("slm.work")
 
@@ -102,7 +104,7 @@ def keep(
     if only_kept:
         return reuse()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with locked(folder):
         try:
             kept = reuse()
             touch(kept.folder)
@@ -114,7 +116,8 @@ def keep(
         folder.mkdir()
         start = time.monotonic()
         try:
-            result = make(folder)
+            with scratch(folder):
+                result = make(folder)
             record = {"key": digest, "made": time.time(), "of": of, "parts": parts}
             record |= {"made_s": time.monotonic() - start, "peak_rss_mb": peak_with_children_mb()}
             write_result(folder, result, record)
@@ -122,6 +125,36 @@ def keep(
             shutil.rmtree(folder, ignore_errors=True)
             raise
     return Kept(result, folder, digest[:16], why)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have a folder to oneself, and say so if one has to wait; a dead process holds no lock."""
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another run makes %s: waiting", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[None]:
+    """Temporary files beside a folder, where the next run finds what a killed one left."""
+    place = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    before, tempfile.tempdir = tempfile.tempdir, str(place)
+    try:
+        with environment({"TMPDIR": str(place)}):
+            yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def work_folder(work: str) -> Path:

@@ -1,0 +1,94 @@
+"""Runs of killed processes: MLflow says RUNNING of them until the next command ends them.
+
+While a process has a run open, it holds the lock of the run's record, `<work>/running/<run>.json`.
+A record whose lock is free is of a process that is gone, however it went. A run without a record
+here, or a parent with one, is not touched: it may live elsewhere.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+from filelock import FileLock, Timeout
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus, Run
+from mlflow.exceptions import MlflowException
+
+from slm.redaction import redacted
+
+log = logging.getLogger("slm.killed")
+
+FOLDER = "running"
+KILLED = "its process was killed"
+
+
+@contextlib.contextmanager
+def on_record(run_id: str, work: Path) -> Iterator[None]:
+    """Keep a run on record while the body runs; after an error, until the next command looks."""
+    record = work / FOLDER / f"{run_id}.json"
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # what makes an outcome will say so
+            record.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock_of(record))
+            partial = record.with_suffix(".partial")
+            partial.write_text(json.dumps(store()))
+            partial.replace(record)
+        yield
+        record.unlink(missing_ok=True)
+
+
+def end_killed(work: Path) -> None:
+    """End the runs of this store that killed processes left, and mark what they half logged."""
+    for record in (work / FOLDER).glob("*.json"):
+        with contextlib.suppress(Timeout, FileNotFoundError, ValueError), lock_of(record):
+            if json.loads(record.read_text()) != store():
+                continue
+            try:
+                end(record.stem, record.parent)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    log.warning("run %s, of a killed process, stays: %s", record.stem, error)
+                    continue
+            record.unlink()
+
+
+def end(run_id: str, folder: Path) -> None:
+    """End a run and its children, unless they ended or live."""
+    client = MlflowClient()
+    run = client.get_run(run_id)
+    query = f"tags.`mlflow.parentRunId` = '{run_id}'"
+    children = client.search_runs([run.info.experiment_id], query)
+    for left in [run, *(child for child in children if not lives(child, folder))]:
+        if left.info.status == "RUNNING":
+            client.set_tag(left.info.run_id, "error", KILLED)
+            client.set_terminated(left.info.run_id, "KILLED")
+            log.info("run %s (%s) was left by a killed process: ended", *names(left))
+        # Half uploaded, or whole and nowhere said to be: `mlflow gc` removes their files.
+        query = f"source_run_id = '{left.info.run_id}'"
+        for model in client.search_logged_models([left.info.experiment_id], query):
+            if model.status == LoggedModelStatus.PENDING:
+                client.delete_logged_model(model.model_id)
+
+
+def names(run: Run) -> tuple[str, str]:
+    return run.info.run_id, run.info.run_name
+
+
+def lives(run: Run, folder: Path) -> bool:
+    """Whether a process holds the lock of the run's record."""
+    record = folder / f"{run.info.run_id}.json"
+    with contextlib.suppress(Timeout), lock_of(record):
+        return False
+    return True
+
+
+def lock_of(record: Path) -> FileLock:
+    return FileLock(record.with_suffix(".lock"), timeout=0)
+
+
+def store() -> dict[str, str]:
+    """Where the run is, without a password."""
+    return {"tracking": redacted(mlflow.get_tracking_uri())}
