@@ -18,6 +18,7 @@ from mlflow.entities import LoggedModelStatus, Run
 from mlflow.exceptions import MlflowException
 
 from slm.redaction import redacted
+from slm.running.work import RESULT
 
 log = logging.getLogger("slm.killed")
 
@@ -37,7 +38,7 @@ def on_record(run_id: str, work: Path) -> Iterator[None]:
             partial.write_text(json.dumps(store()))
             partial.replace(record)
         yield
-        record.unlink(missing_ok=True)
+        forget(record)
 
 
 def end_killed(work: Path) -> None:
@@ -52,7 +53,7 @@ def end_killed(work: Path) -> None:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     log.warning("run %s, of a killed process, stays: %s", record.stem, error)
                     continue
-            record.unlink()
+            forget(record)
 
 
 def end(run_id: str, folder: Path) -> None:
@@ -66,11 +67,28 @@ def end(run_id: str, folder: Path) -> None:
             client.set_tag(left.info.run_id, "error", KILLED)
             client.set_terminated(left.info.run_id, "KILLED")
             log.info("run %s (%s) was left by a killed process: ended", *names(left))
-        # Half uploaded, or whole and nowhere said to be: `mlflow gc` removes their files.
-        query = f"source_run_id = '{left.info.run_id}'"
-        for model in client.search_logged_models([left.info.experiment_id], query):
-            if model.status == LoggedModelStatus.PENDING:
-                client.delete_logged_model(model.model_id)
+        discard_models(left, folder.parent)
+
+
+def discard_models(run: Run, work: Path) -> None:
+    """Delete what a run logged in vain: half uploaded, or lost with the process that logged it.
+
+    `mlflow gc` then removes the files.
+    """
+    client, was_running = MlflowClient(), run.info.status == "RUNNING"
+    outcomes = "".join(path.read_text() for path in work.glob(f"*/*/{RESULT}"))
+    query = f"source_run_id = '{run.info.run_id}'"
+    for model in client.search_logged_models([run.info.experiment_id], query):
+        half = model.status == LoggedModelStatus.PENDING
+        if half or (was_running and model.model_id not in outcomes):
+            log.info("%s of that run is in no outcome: deleted", model.model_uri)
+            client.delete_logged_model(model.model_id)
+
+
+def forget(record: Path) -> None:
+    """Remove a record while its lock is held, and the lock's file."""
+    for path in (record, record.with_suffix(".lock")):
+        path.unlink(missing_ok=True)
 
 
 def names(run: Run) -> tuple[str, str]:

@@ -24,7 +24,6 @@ from slm.config import ROOT
 from slm.digests import digest_file, digest_files, digest_of
 from slm.records import from_json
 from slm.running.memory import peak_with_children_mb
-from slm.running.tracking import environment
 
 log = logging.getLogger("slm.work")
 
@@ -148,12 +147,14 @@ def scratch(folder: Path) -> Iterator[None]:
     place = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    before, tempfile.tempdir = tempfile.tempdir, str(place)
+    before = tempfile.tempdir, os.environ.get("TMPDIR")
+    tempfile.tempdir = os.environ["TMPDIR"] = str(place)
     try:
-        with environment({"TMPDIR": str(place)}):
-            yield
+        yield
     finally:
-        tempfile.tempdir = before
+        tempfile.tempdir = before[0]
+        os.environ.pop("TMPDIR")
+        os.environ.update({"TMPDIR": before[1]} if before[1] else {})
         shutil.rmtree(place, ignore_errors=True)
 
 
