@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus, Run
 from mlflow.exceptions import MlflowException
 
+from slm.errors import one_line
 from slm.redaction import redacted
 from slm.running.work import RESULT
 
@@ -27,46 +28,54 @@ KILLED = "its process was killed"
 
 
 @contextlib.contextmanager
-def on_record(run_id: str, work: Path) -> Iterator[None]:
-    """Keep a run on record while the body runs; after an error, until the next command looks."""
-    record = work / FOLDER / f"{run_id}.json"
+def on_record(name: str, query: str, work: Path) -> Iterator[None]:
+    """Keep a run on record while the body runs; after an error, until the next command looks.
+
+    `query` is what finds the run in MLflow's store: its id, or a tag that it will be made with.
+    """
+    record = work / FOLDER / f"{name}.json"
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):  # what makes an outcome will say so
             record.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock_of(record))
             partial = record.with_suffix(".partial")
-            partial.write_text(json.dumps(store()))
+            partial.write_text(json.dumps({"store": store(), "query": query}))
             partial.replace(record)
         yield
         forget(record)
 
 
 def end_killed(work: Path) -> None:
-    """End the runs of this store that killed processes left, and mark what they half logged."""
+    """End the runs of this store that killed processes left, and delete what they half logged."""
     for record in (work / FOLDER).glob("*.json"):
-        with contextlib.suppress(Timeout, FileNotFoundError, ValueError), lock_of(record):
-            if json.loads(record.read_text()) != store():
+        with contextlib.suppress(Timeout, FileNotFoundError), lock_of(record):
+            told = json.loads(record.read_text())
+            if told["store"] != store():
                 continue
             try:
-                end(record.stem, record.parent)
+                for run in search(told["query"]):
+                    end(run, record.parent)
             except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    log.warning("run %s, of a killed process, stays: %s", record.stem, error)
-                    continue
-            forget(record)
+                log.warning("what a killed process left stays: %s", one_line(error))
+            else:
+                forget(record)
 
 
-def end(run_id: str, folder: Path) -> None:
+def search(query: str) -> list[Run]:
+    """The runs of all experiments that meet a query."""
+    experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
+    return list(mlflow.search_runs(experiments, query, output_format="list"))
+
+
+def end(run: Run, folder: Path) -> None:
     """End a run and its children, unless they ended or live."""
     client = MlflowClient()
-    run = client.get_run(run_id)
-    query = f"tags.`mlflow.parentRunId` = '{run_id}'"
-    children = client.search_runs([run.info.experiment_id], query)
+    children = search(f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
     for left in [run, *(child for child in children if not lives(child, folder))]:
         if left.info.status == "RUNNING":
             client.set_tag(left.info.run_id, "error", KILLED)
             client.set_terminated(left.info.run_id, "KILLED")
-            log.info("run %s (%s) was left by a killed process: ended", *names(left))
+            log.info("run %s (%s): %s", left.info.run_id, left.info.run_name, KILLED)
         discard_models(left, folder.parent)
 
 
@@ -91,22 +100,22 @@ def forget(record: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def names(run: Run) -> tuple[str, str]:
-    return run.info.run_id, run.info.run_name
-
-
 def lives(run: Run, folder: Path) -> bool:
     """Whether a process holds the lock of the run's record."""
     record = folder / f"{run.info.run_id}.json"
-    with contextlib.suppress(Timeout), lock_of(record):
+    if not record.is_file():
         return False
-    return True
+    try:
+        with lock_of(record):
+            return False
+    except Timeout:
+        return True
 
 
 def lock_of(record: Path) -> FileLock:
     return FileLock(record.with_suffix(".lock"), timeout=0)
 
 
-def store() -> dict[str, str]:
-    """Where the run is, without a password."""
-    return {"tracking": redacted(mlflow.get_tracking_uri())}
+def store() -> str:
+    """Where runs are, without a password."""
+    return redacted(mlflow.get_tracking_uri())

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import textwrap
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from slm.running.summary import note
 log = logging.getLogger("slm.tracking")
 
 USERNAME, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+RECORD = "record"  # the tag of a run that says under which name it is on record
 TEXT_LIMIT = 5000  # characters of a tag or a description, in MLflow's stores
 
 
@@ -142,19 +144,22 @@ def mlflow_run(name: str, work: Path) -> Iterator[mlflow.ActiveRun]:
             yield run
         return
     end_killed(work)
-    run_id = os.environ.get("MLFLOW_RUN_ID")
-    try:
-        run = mlflow.start_run(run_name=None if run_id else name)
-    except MlflowException as error:
-        if run_id and "not found" in str(error):
-            raise InputError(
-                f"run {run_id} is not in {shown_tracking_uri()}: `mlflow run` was started in "
-                "another folder. Set MLFLOW_TRACKING_URI to an absolute URI."
-            ) from error
-        raise
-    note(run_id=run.info.run_id)
-    hide_secrets(run)
-    with on_record(run.info.run_id, work):
+    run_id, own = os.environ.get("MLFLOW_RUN_ID"), uuid.uuid4().hex
+    query = f"attributes.run_id = '{run_id}'" if run_id else f"tags.{RECORD} = '{own}'"
+    with on_record(run_id or own, query, work):
+        try:
+            run = mlflow.start_run(
+                run_name=None if run_id else name, tags=None if run_id else {RECORD: own}
+            )
+        except MlflowException as error:
+            if run_id and "not found" in str(error):
+                raise InputError(
+                    f"run {run_id} is not in {shown_tracking_uri()}: `mlflow run` was started in "
+                    "another folder. Set MLFLOW_TRACKING_URI to an absolute URI."
+                ) from error
+            raise
+        note(run_id=run.info.run_id)
+        hide_secrets(run)
         yield run
         mlflow.end_run()  # after an error, entry_point ends the run with the error on it
 
