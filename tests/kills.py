@@ -44,6 +44,7 @@ from slm.records import LoggedModel
 from slm.registry import turns
 from slm.running.chain import PIPELINE, Link
 from slm.running.command import split_overrides
+from slm.running.logs import set_up_logging
 from slm.running.tracking import mlflow_run
 from slm.running.work import RESULT
 from tests.checkpoints import write_tiny, write_tokenizer
@@ -114,7 +115,7 @@ class Chain:
             "ended": how,
             "running": state["running"],
             "made": [
-                len(list((self.folder / f"project/work/{x.step}").glob("*/"))) for x in PIPELINE
+                len(list((self.project.folder / "work" / x.step).glob("*/"))) for x in PIPELINE
             ],
             "models": len(state["models"]),
             "versions": [number for _, number, *_ in state["versions"]],
@@ -144,10 +145,10 @@ class Chain:
         once, scratch = self.folder / "exported", self.folder / "scratch"
         if not once.exists():
             own = replace(request, onnx=str(once), scratch=str(scratch))
-            self.write("exporter", worker.export(own))
+            save(self.folder / "exporter", worker.export(own))
         shutil.copytree(once, request.onnx)
         Path(request.scratch).mkdir()
-        return self.read("exporter")
+        return load(self.folder / "exporter")
 
     def state(self) -> dict[str, Any]:
         """All that is left, without what differs from run to run."""
@@ -163,6 +164,7 @@ class Chain:
             log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            set_up_logging()
             with tracking(self.project):
                 work()
             status = 0
@@ -173,19 +175,27 @@ class Chain:
             os._exit(status)
 
     def write(self, name: str, value: object) -> None:
-        partial = self.folder / f"{name}.{os.getpid()}"
-        partial.write_bytes(pickle.dumps(value))
-        partial.replace(self.folder / f"{name}.pickle")
+        save(self.project.folder / name, value)
 
     def read(self, name: str) -> Any:
-        return pickle.loads((self.folder / f"{name}.pickle").read_bytes())
+        return load(self.project.folder / name)
 
-    def save(self, name: str) -> None:
-        shutil.copytree(self.project.folder, self.folder / "before" / name)
+    def keep(self, name: str) -> None:
+        shutil.copytree(self.project.folder, self.folder / "kept" / name)
 
     def restore(self, name: str) -> None:
         shutil.rmtree(self.project.folder)
-        shutil.copytree(self.folder / "before" / name, self.project.folder)
+        shutil.copytree(self.folder / "kept" / name, self.project.folder)
+
+
+def save(path: Path, value: object) -> None:
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(pickle.dumps(value))
+    partial.replace(path)
+
+
+def load(path: Path) -> Any:
+    return pickle.loads(path.read_bytes())
 
 
 def ended(child: int) -> int:
@@ -229,15 +239,15 @@ def shown(path: Path) -> Any:
 def sweep(folder: Path, points: int, real: bool) -> None:
     turns.LEASE_S = 0.3
     chain = Chain(folder, real)
-    chain.save("nothing")
+    chain.keep("nothing")
     print(json.dumps(chain.both()), flush=True)
     chain.restore("nothing")
     for link in PIPELINE:
-        chain.save(link.step)
+        chain.keep(link.step)
         start = time.monotonic()
         assert chain.run(link) == 0, (folder / "log").read_text()[-3000:]
         seconds, writes, undisturbed = time.monotonic() - start, chain.read("writes"), chain.state()
-        chain.save(f"after {link.step}")
+        chain.keep(f"after {link.step}")
         parts = [(2 * point + 1) / (2 * points) for point in range(points)]
         kills: list[dict[str, Any]] = [{"at": int(part * writes)} for part in parts]
         kills += [{"after_s": part * seconds} for part in parts] if real else []
