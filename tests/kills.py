@@ -107,10 +107,20 @@ class Chain:
             os.kill(child, signal.SIGKILL)
         return ended(child)
 
+    def again(self, link: Link) -> tuple[int, dict[str, Any]]:
+        """Run a step, undisturbed: how its process ended, and what is left."""
+
+        def step_and_state() -> None:
+            self.steps([link], -1)
+            self.write("state", state_of(self.project))
+
+        how = ended(self.fork(step_and_state))
+        return how, {} if how else self.read("state")
+
     def both(self) -> dict[str, Any]:
         """Run all steps twice at once."""
         children = [self.fork(lambda: self.steps(PIPELINE, -1)) for _ in range(2)]
-        how, state = [ended(child) for child in children], self.state()
+        how, (_, state) = [ended(child) for child in children], self.again(PIPELINE[-1])
         return {
             "ended": how,
             "running": state["running"],
@@ -149,11 +159,6 @@ class Chain:
         shutil.copytree(once, request.onnx)
         Path(request.scratch).mkdir()
         return load(self.folder / "exporter")
-
-    def state(self) -> dict[str, Any]:
-        """All that is left, without what differs from run to run."""
-        assert ended(self.fork(lambda: self.write("state", state_of(self.project)))) == 0
-        return self.read("state")
 
     def fork(self, work: Callable[[], object]) -> int:
         sys.stdout.flush()
@@ -245,16 +250,17 @@ def sweep(folder: Path, points: int, real: bool) -> None:
     for link in PIPELINE:
         chain.keep(link.step)
         start = time.monotonic()
-        assert chain.run(link) == 0, (folder / "log").read_text()[-3000:]
-        seconds, writes, undisturbed = time.monotonic() - start, chain.read("writes"), chain.state()
+        how, undisturbed = chain.again(link)
+        assert how == 0, (folder / "log").read_text()[-3000:]
+        seconds, writes = time.monotonic() - start, chain.read("writes")
         chain.keep(f"after {link.step}")
         parts = [(2 * point + 1) / (2 * points) for point in range(points)]
         kills: list[dict[str, Any]] = [{"at": int(part * writes)} for part in parts]
         kills += [{"after_s": part * seconds} for part in parts] if real else []
         for kill in kills:
             chain.restore(link.step)
-            killed, again = chain.run(link, **kill), chain.run(link)
-            found = chain.state() if again == 0 else {}
+            killed = chain.run(link, **kill)
+            again, found = chain.again(link)
             differs = {k: [v, found.get(k)] for k, v in undisturbed.items() if found.get(k) != v}
             told = {"step": link.step, **kill, "writes": writes, "killed": killed, "again": again}
             print(json.dumps({**told, "differs": differs}), flush=True)

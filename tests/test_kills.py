@@ -29,5 +29,5 @@ def test_a_step_that_was_killed_anywhere_ends_as_one_that_was_not(tmp_path: Path
     }
     assert len(told) == len(PIPELINE) * (2 * points or 4)
     for point in told:
-        assert point["killed"] == -signal.SIGKILL, point
+        assert point["killed"] == -signal.SIGKILL or "after_s" in point, point
         assert (point["again"], point["differs"]) == (0, {}), point
