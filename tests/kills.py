@@ -6,7 +6,7 @@
 A write is a file opened for writing, renamed or removed in the work folder or the artifact store,
 or a commit to MLflow's database. For each step, as many points as asked for, spread over its
 writes; every process is forked from this one, which has imported all that is heavy. Without
-`--real`, the exporter works once, and what measures and proves is left out. With it, as many points
+`--real`, the exporter works once, and what measures, proves and makes traces is left out. With it, as many points
 again are spread over the step's time, where other processes work for it. Before that, two
 processes run all steps at once. Prints a line of JSON for each.
 """
@@ -28,10 +28,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import mlflow
-import mlflow.genai  # noqa: F401
 import sqlalchemy.event
-import transformers  # noqa: F401  # heavy, like torch: once for all forks
 from mlflow.tracking._model_registry.utils import _get_store as registry_store
 from mlflow.tracking._tracking_service.utils import _get_store as tracking_store
 from sqlalchemy.engine import Engine
@@ -50,6 +47,19 @@ from slm.running.work import RESULT
 from tests.checkpoints import write_tiny, write_tokenizer
 from tests.conftest import TINY, Project, composed, create_experiment, tracking
 
+# What steps import where they need it, and forks would import each for itself.
+HEAVY = [
+    "cyclonedx.output.json",
+    "databricks.sdk",
+    "git",
+    "matplotlib.pyplot",
+    "mlflow.genai",
+    "mlflow.pyfunc",
+    "mlflow.transformers",
+    "onnxruntime.quantization",
+    "onnxruntime_genai",
+    "transformers.pipelines",
+]
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 MOVES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link")
 PASSING = {"scored_tokens": 1000.0} | dict.fromkeys(("degenerate_share", "kl_divergence_p99"), 0.0)
@@ -85,6 +95,8 @@ class Chain:
 
     def __init__(self, folder: Path, real: bool) -> None:
         self.folder, self.real = folder, real
+        for module in (*HEAVY, *(f"steps.{link.step}" for link in PIPELINE)):
+            importlib.import_module(module)
         self.project = Project(folder / "project")
         self.project.folder.mkdir()
         checkpoint = write_tiny(folder / "tiny", write_tokenizer(folder / "tokenizer"))
@@ -93,11 +105,8 @@ class Chain:
         self.config = composed(*split_overrides(f"{TINY} {given}"))
         create_experiment(self.project.folder)
         with tracking(self.project):
-            for store in (
-                tracking_store(),
-                registry_store(),
-            ):  # forks open connections of their own
-                store.engine.dispose()
+            tracking_store().engine.dispose()  # forks open connections of their own
+            registry_store().engine.dispose()
 
     def run(self, link: Link, at: int = -1, after_s: float | None = None) -> int:
         """Run a step, killed before its write `at`, or after a time; how its process ended."""
@@ -145,9 +154,10 @@ class Chain:
         self.write("writes", killer.writes)
 
     def stand_in(self) -> None:
-        """Leave out what takes long and writes nothing between processes."""
+        """Leave out what takes long."""
         patch("slm.registry.versions.prove", lambda *_, **__: None).start()
         patch("slm.evaluation.measure.run_worker", measured).start()
+        patch("steps.evaluate.show_answers", lambda *_: None).start()
         patch("steps.export_onnx.run_worker", self.exported).start()
 
     def exported(self, request: worker.Request) -> worker.Exported:
