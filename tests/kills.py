@@ -6,9 +6,9 @@
 A write is a file opened for writing, renamed or removed in the work folder or the artifact store,
 or a commit to MLflow's database. For each step, as many points as asked for, spread over its
 writes; every process is forked from this one, which has imported all that is heavy. Without
-`--real`, the exporter works once, and what measures, proves and makes traces is left out. With it, as many points
-again are spread over the step's time, where other processes work for it. Before that, two
-processes run all steps at once. Prints a line of JSON for each.
+`--real`, the exporter works once, and what measures, proves and makes traces is left out. With it,
+as many points again are spread over the step's time, where other processes work for it. Before
+that, two processes run all steps at once. Prints a line of JSON for each.
 """
 
 import argparse
@@ -48,18 +48,11 @@ from tests.checkpoints import write_tiny, write_tokenizer
 from tests.conftest import TINY, Project, composed, create_experiment, tracking
 
 # What steps import where they need it, and forks would import each for itself.
-HEAVY = [
-    "cyclonedx.output.json",
-    "databricks.sdk",
-    "git",
-    "matplotlib.pyplot",
-    "mlflow.genai",
-    "mlflow.pyfunc",
-    "mlflow.transformers",
-    "onnxruntime.quantization",
-    "onnxruntime_genai",
+HEAVY = (
+    *("cyclonedx.output.json", "databricks.sdk", "git", "matplotlib.pyplot", "mlflow.genai"),
+    *("mlflow.pyfunc", "mlflow.transformers", "onnxruntime.quantization", "onnxruntime_genai"),
     "transformers.pipelines",
-]
+)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 MOVES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link")
 PASSING = {"scored_tokens": 1000.0} | dict.fromkeys(("degenerate_share", "kl_divergence_p99"), 0.0)

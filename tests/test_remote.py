@@ -56,7 +56,7 @@ def test_a_server_that_is_killed_and_restarted_ends_with_the_same_registry(
     """Away for 20 s where a step of `main` starts, and killed again where its models answer."""
     remote = Remote(tmp_path, address=server.address)
     write_provenance(tiny_onnx, target=TARGET)
-    with tracking(remote), mlflow.start_run():
+    with tracking(remote), mlflow.start_run() as logging:
         [first], [second] = (log_onnx(tiny_onnx, n, Interface.chat) for n in (200, 300))
         reference = log_transformers(tiny, read_provenance(tiny), MODEL, Signing()).uri
     evaluation = replace(
@@ -68,7 +68,7 @@ def test_a_server_that_is_killed_and_restarted_ends_with_the_same_registry(
         conditions="",
         model_card="# Card",
     )
-    run = remote.client.create_run("0").info.run_id
+    run = remote.client.create_run(logging.info.experiment_id).info.run_id
     server.kill()
     process = start_register(remote, evaluation, MLFLOW_RUN_ID=run)  # as `main` starts it
     time.sleep(20)
