@@ -10,6 +10,13 @@ from mlflow.exceptions import MlflowException
 
 from slm.redaction import redacted
 
+AWAY = (
+    "API request to",
+    "Max retries exceeded",
+    "Failed to download artifacts",
+    "failures occurred while downloading",
+)
+
 
 class UserError(Exception):
     """The base of the errors that are shown as one line; a command exits with its `exit_code`."""
@@ -67,11 +74,19 @@ def as_user_error(error: BaseException) -> UserError | None:
     if isinstance(error, MlflowException):
         if error.error_code != "INTERNAL_ERROR":
             return StepError(f"MLflow refuses: {text}")
-        if "API request to" in text or "Max retries exceeded" in text:
+        if is_away(text):
             return UnreachableError(
                 f"the tracking server stopped answering: {text[:300]}. Run it again."
             )
     return None
+
+
+def is_away(text: str) -> bool:
+    """Whether MLflow's words, or an error with them in it, are of a server that stopped answering.
+
+    MLflow 3.17 tries a request again for minutes, but no download that was cut short.
+    """
+    return any(words in text for words in AWAY)
 
 
 def words_for(error: BaseException) -> str | None:

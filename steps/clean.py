@@ -22,6 +22,7 @@ from slm.digests import size_mb
 from slm.evaluation.summary import table
 from slm.registry.needs import of_live_runs, of_versions
 from slm.running.command import entry_point
+from slm.running.killed import end_killed
 from slm.running.summary import note
 from slm.running.work import RESULT, work_folder
 
@@ -132,7 +133,9 @@ def show(done: Cleaning) -> None:
 
 
 def main(config: Config) -> None:
-    done = clean(work_folder(config.paths.work), config.clean)
+    work = work_folder(config.paths.work)
+    end_killed(work)
+    done = clean(work, config.clean)
     show(done)
     note(result=asdict(done))
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-from mlflow.data.pandas_dataset import from_pandas
+from mlflow.data.pandas_dataset import PandasDataset, from_pandas
+from mlflow.exceptions import MlflowException
 
 from slm.config import Baseline, Config, Interface
 from slm.errors import InputError
@@ -193,7 +194,7 @@ def publish(evaluation: Evaluation, reused: bool, inputs: Inputs, config: Config
     run = mlflow.active_run()
     assert run is not None
     texts = from_pandas(pd.DataFrame(inputs.texts), name=Path(config.evaluate.texts).name)
-    mlflow.log_input(texts, context="evaluation")
+    log_dataset(texts)
     measured = [(model, evaluation.candidate_metrics) for model in inputs.candidates]
     for model, metrics in [*measured, (inputs.reference, evaluation.reference_metrics)]:
         mlflow.log_metrics(metrics, model_id=model.model_id, dataset=texts)
@@ -218,6 +219,17 @@ def publish(evaluation: Evaluation, reused: bool, inputs: Inputs, config: Config
     mlflow.log_table(table, "tables/metrics.json")
     if not reused:
         show_answers(evaluation.answers, inputs.candidates[0].model_id)
+
+
+def log_dataset(texts: PandasDataset) -> None:
+    """Log it to the run; again if another run did at that moment, which MLflow 3.17 cannot stand.
+
+    Waits for a store that looks for the dataset and adds it in one transaction.
+    """
+    try:
+        mlflow.log_input(texts, context="evaluation")
+    except MlflowException:
+        mlflow.log_input(texts, context="evaluation")
 
 
 def main(config: Config) -> Evaluation:

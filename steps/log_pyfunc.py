@@ -200,8 +200,8 @@ def main(config: Config) -> LoggedModels:
         config.signing,
     )
 
-    def make(folder: Path) -> LoggedModels:
-        with copies_as_links(onnx, work_folder(config.paths.work), folder):
+    def make(_: Path) -> LoggedModels:
+        with copies_as_links(onnx, work_folder(config.paths.work)):
             return log_pyfunc(onnx, provenance, packaging, config.paths.work)
 
     return run_step(

@@ -102,8 +102,8 @@ def main(config: Config) -> LoggedModels:
     require_model(provenance, config.model.name)
     require_key_to_sign(config.signing)
 
-    def make(folder: Path) -> LoggedModels:
-        with copies_as_links(checkpoint, work_folder(config.paths.work), folder):
+    def make(_: Path) -> LoggedModels:
+        with copies_as_links(checkpoint, work_folder(config.paths.work)):
             return log_transformers(checkpoint, provenance, config.model.name, config.signing)
 
     return run_step(

@@ -21,7 +21,7 @@ from mlflow.utils.databricks_utils import get_databricks_host_creds
 from omegaconf import OmegaConf
 
 from slm.config import ROOT, Config
-from slm.errors import StepError, ToldError, UserError
+from slm.errors import StepError, ToldError, UserError, is_away
 from slm.evaluation.summary import show
 from slm.records import from_json
 from slm.redaction import redacted
@@ -76,12 +76,22 @@ class Chain:
     def child(self, link: Link, inputs: dict[str, Any]) -> Child:
         """Run a step in a process of its own, and read what it left in its MLflow run."""
         told = {k: v if isinstance(v, str) else json.dumps(v) for k, v in inputs.items()}
-        run = mlflow.get_run(self.start(link.step, {**self.parameters, **told}))
+        run = mlflow.get_run(self.started(link.step, {**self.parameters, **told}))
         record = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/{RESULT}")["outcome"]
         result = from_json(link.outcome, record)
         seconds, why = run.data.metrics["duration_s"], run.data.tags.get("why", "")
         note_step(link.step, result, seconds, why, run.info.run_id)
         return Child(result, seconds, reused=not why)
+
+    def started(self, step: str, parameters: dict[str, str]) -> str:
+        """Run an entry point to its end; once more if the tracking server went away under it."""
+        try:
+            return self.start(step, parameters)
+        except StepError as error:
+            if not is_away(str(error)):
+                raise
+            log.info("main: %s runs again: the tracking server went away", step)
+            return self.start(step, parameters)
 
     def start(self, step: str, parameters: dict[str, str]) -> str:
         """Run an entry point to its end; return the id of its run."""
@@ -159,7 +169,7 @@ def main(config: Config) -> None:
     require_registry(config.register)
     choices = HydraConfig.get().runtime.choices
     chain = Chain(config, choices["model"], choices["target"], overrides_for_children())
-    with mlflow_run("main"):
+    with mlflow_run("main", work_folder(config.paths.work)):
         mlflow.log_params({"model.name": config.model.name, "target.name": config.target.name})
         for link in PIPELINE:
             chain.run(link)

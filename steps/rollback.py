@@ -36,6 +36,7 @@ from slm.registry.turns import turn
 from slm.running.command import entry_point
 from slm.running.summary import note
 from slm.running.tracking import log_parameters, mlflow_run
+from slm.running.work import work_folder
 from slm.seal import require_signed
 
 log = logging.getLogger("slm.rollback")
@@ -195,7 +196,7 @@ def go_back(client: MlflowClient, step: Move, tag: str) -> None:
 
 
 def main(config: Config) -> None:
-    with mlflow_run("rollback") as run:
+    with mlflow_run("rollback", work_folder(config.paths.work)) as run:
         log_parameters("register", config)
         names = registered_names(config.model.name, config.target.name, config.register)
         now = datetime.now(UTC).isoformat(timespec="seconds")

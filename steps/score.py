@@ -25,6 +25,7 @@ from slm.records import LoggedModel, Scored
 from slm.running.command import entry_point
 from slm.running.run import numbers
 from slm.running.tracking import local_path, log_parameters, mlflow_run
+from slm.running.work import work_folder
 from slm.scoring.rows import (
     answered,
     column_of,
@@ -176,7 +177,7 @@ def main(config: Config) -> Scored:
     source = place_of("input", config.input, config.score.input_format)
     output = place_of("output", config.output, config.score.output_format)
     folder = local_path(config.model_uri, "model_uri", "register")
-    with mlflow_run("score"):
+    with mlflow_run("score", work_folder(config.paths.work)):
         log_parameters("score", config, shared=())
         with spark_session(config.score) as spark:
             result = score(spark, folder, source, output, config.score)

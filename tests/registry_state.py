@@ -35,14 +35,15 @@ def register(project: Project, evaluation: Evaluation, *overrides: str) -> Regis
         return steps.register.register(evaluation, settings, os.urandom(8).hex())
 
 
-def start_register(project: Project, evaluation: Evaluation) -> subprocess.Popen[str]:
+def start_register(
+    project: Project, evaluation: Evaluation, **environment: str
+) -> subprocess.Popen[str]:
     """`register` as a process of its own, given what evaluate leaves."""
     file = project.folder / f"{evaluation.candidates[0][-8:]}.json"
     file.write_text(json.dumps({"outcome": evaluation.json()}, default=enum_value))
     command = [sys.executable, "-m", "steps.register", f"source={file}"]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=project.environment, stderr=subprocess.PIPE, text=True
-    )
+    everything = {**project.environment, **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=everything, stderr=subprocess.PIPE, text=True)
 
 
 def seen(evaluation: Evaluation, champion: str, **metrics: float) -> Evaluation:

@@ -30,11 +30,9 @@ def made(tmp_path: Path) -> Path:
 
 
 def test_large_files_of_the_work_folder_are_linked(made: Path, tmp_path: Path) -> None:
-    with copies_as_links(made, tmp_path / "work", made):
-        staged = Path(tempfile.mkdtemp())
-        shutil.copytree(made, staged / "staged", ignore=lambda *_: [staged.name])
-        shutil.copytree(staged / "staged", tmp_path / "store")
-    assert staged.parent == made
+    with copies_as_links(made, tmp_path / "work"):
+        shutil.copytree(made, tmp_path / "staged")
+        shutil.copytree(tmp_path / "staged", tmp_path / "store")
     assert (tmp_path / "store" / "large").samefile(made / "large")
     assert not (tmp_path / "store" / "small").samefile(made / "small")
     shutil.copy(made / "large", tmp_path / "later")
@@ -42,7 +40,7 @@ def test_large_files_of_the_work_folder_are_linked(made: Path, tmp_path: Path) -
 
 
 def test_files_outside_of_the_work_folder_are_copied(made: Path, tmp_path: Path) -> None:
-    with copies_as_links(made, tmp_path / "another work", tmp_path):
+    with copies_as_links(made, tmp_path / "another work"):
         shutil.copy(made / "large", tmp_path / "copy")
     assert not (tmp_path / "copy").samefile(made / "large")
 
@@ -50,7 +48,7 @@ def test_files_outside_of_the_work_folder_are_copied(made: Path, tmp_path: Path)
 def test_what_a_symbolic_link_names_is_copied(made: Path, tmp_path: Path) -> None:
     elsewhere = (made / "large").rename(tmp_path / "large")
     (made / "large").symlink_to(elsewhere)
-    with copies_as_links(made, tmp_path / "work", made):
+    with copies_as_links(made, tmp_path / "work"):
         shutil.copy(made / "large", tmp_path / "copy")
     assert not (tmp_path / "copy").is_symlink() and not elsewhere.samefile(tmp_path / "copy")
 
@@ -61,7 +59,7 @@ def test_another_file_system_gets_one_copy(made: Path, tmp_path: Path) -> None:
         pytest.skip("needs a second file system")
     with (
         tempfile.TemporaryDirectory(dir=shm) as there,
-        copies_as_links(made, tmp_path / "work", made),
+        copies_as_links(made, tmp_path / "work"),
     ):
         for name in ("chat", "prompt"):
             shutil.copy(made / "large", Path(there) / name)

@@ -15,10 +15,10 @@ import pytest
 
 from slm.config import ROOT
 from slm.digests import write_provenance
-from slm.errors import InputError
+from slm.errors import InputError, ToldError
 from slm.running.command import split_overrides
-from steps.main import next_lines
-from tests.conftest import MODEL, TARGET, TINY, Packaged, Project, tracking
+from steps.main import Chain, next_lines
+from tests.conftest import MODEL, TARGET, TINY, Packaged, Project, composed, tracking
 
 # They read what others of them change: the registry and the report that `main` left.
 pytestmark = pytest.mark.xdist_group("main")
@@ -169,6 +169,26 @@ def test_main_stops_at_the_first_failure_with_that_steps_error(project: Project)
     assert (told["entry_point"], told["exit_code"]) == ("main", 2)
     assert told["run_id"] in [run.info.run_id for run in runs]
     assert not project.client.search_registered_models()
+
+
+def test_a_step_that_lost_the_tracking_server_runs_again_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def start(_: Chain, step: str, parameters: dict[str, str]) -> str:
+        asked.append(step)
+        reasons = {"register": "no right", "evaluate": "Failed to download artifacts from path ''"}
+        if asked.count(step) == 1 or step == "register":
+            raise ToldError(f"{step} failed: {reasons[step]}", 1)
+        return "its run"
+
+    monkeypatch.setattr(Chain, "start", start)
+    chain = Chain(composed(), MODEL, TARGET, [])
+    assert chain.started("evaluate", {}) == "its run"
+    with pytest.raises(ToldError, match="no right"):
+        chain.started("register", {})
+    assert asked == ["evaluate", "evaluate", "register"]
 
 
 def test_ctrl_c_stops_the_step_and_leaves_its_run_killed(

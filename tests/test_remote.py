@@ -1,5 +1,6 @@
 """A real tracking server on loopback, with its own artifact store, and PostgreSQL behind it."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,11 +46,17 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def test_a_server_that_is_killed_and_restarted_ends_with_the_same_registry(
-    packaged: Packaged, tiny: Path, tiny_onnx: Path, server: Server, tmp_path: Path
+    packaged: Packaged,
+    tiny: Path,
+    tiny_onnx: Path,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Away for 20 s where a step of `main` starts, and killed again where its models answer."""
     remote = Remote(tmp_path, address=server.address)
     write_provenance(tiny_onnx, target=TARGET)
-    with tracking(remote), mlflow.start_run():
+    with tracking(remote), mlflow.start_run() as logging:
         [first], [second] = (log_onnx(tiny_onnx, n, Interface.chat) for n in (200, 300))
         reference = log_transformers(tiny, read_provenance(tiny), MODEL, Signing()).uri
     evaluation = replace(
@@ -61,7 +68,11 @@ def test_a_server_that_is_killed_and_restarted_ends_with_the_same_registry(
         conditions="",
         model_card="# Card",
     )
-    process = start_register(remote, evaluation)
+    run = remote.client.create_run(logging.info.experiment_id).info.run_id
+    server.kill()
+    process = start_register(remote, evaluation, MLFLOW_RUN_ID=run)  # as `main` starts it
+    time.sleep(20)
+    server.start()
     assert process.stderr is not None
     while "fresh process" not in process.stderr.readline():
         assert process.poll() is None
@@ -70,7 +81,9 @@ def test_a_server_that_is_killed_and_restarted_ends_with_the_same_registry(
     said = process.stderr.read()
     assert process.wait() == 0, said
     assert aliases(remote) == aliases(remote, CHECKPOINT) == {"champion": "1"}
+    assert remote.client.get_run(run).info.status == "FINISHED"
 
+    monkeypatch.setattr("slm.registry.versions.prove", lambda *_, **__: None)
     assert register(remote, seen(replace(evaluation, candidates=[second.uri]), "1")).promoted
     assert aliases(remote) == {"champion": "2", "previous": "1"}
     go_back(remote, CHAT)

@@ -159,7 +159,7 @@ def test_a_token_in_a_projects_git_uri_does_not_stay_on_the_run(
     with tracking(project):
         run = project.client.create_run("1", tags=tags)
         monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
-        with mlflow_run("main"):
+        with mlflow_run("main", project.folder):
             pass
         assert mlflow.get_run(run.info.run_id).data.tags["mlflow.source.name"] == (
             "https://host/repo.git#sub"

@@ -26,6 +26,7 @@ from slm.evaluation.speed import measure_speed
 from slm.records import from_json
 from slm.running.logs import set_up_logging
 from slm.running.memory import peak_rss_mb
+from slm.running.orphans import end_with_parent
 
 log = logging.getLogger("slm.measure")
 
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--only-load", action="store_true", help="whether this machine can run it")
     arguments = parser.parse_args()
     set_up_logging()
+    end_with_parent()
     request = from_json(Request, json.loads(arguments.request.read_text()))
     try:
         folder = mlflow.artifacts.download_artifacts(artifact_uri=arguments.uri)

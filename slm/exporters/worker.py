@@ -7,12 +7,9 @@ a process of its own it gives its memory back at the end.
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import logging
-import signal
-import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass, field, replace
@@ -27,13 +24,13 @@ from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
 from slm.records import from_json
 from slm.running.memory import peak_rss_mb, releasing_mapped
+from slm.running.orphans import end_with_parent
 
 if TYPE_CHECKING:
     from slm.exporters.calibration import Rounding
     from slm.exporters.decoder import Decoder
 
 MAKERS = {"genai": builder.make, "mobius": mobius.make}
-PARENT_DEATH_SIGNAL = 1  # of Linux's prctl(2)
 MIXED = "mixed.json"  # beside the calibrated layers: the linears that a budget was shared among
 MARK = "@progress "  # begins the lines that the parent reads
 
@@ -255,12 +252,6 @@ def say(done: int, total: int, name: str) -> None:
 
 def silent(*_: object) -> None:
     """A twin is written in a second."""
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process if its parent is killed (Linux; elsewhere at a `say`)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
 from slm.registry.names import CONTENT, EVALUATED_WITH, SHA256
+from slm.running.killed import search
 from slm.running.work import records
 
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
@@ -55,12 +55,6 @@ def of_live_runs() -> set[str]:
     for run in list(runs):
         runs += search(f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
     return {key for run in runs for key in KEY.findall(f"{run.data.tags} {run.data.params}")}
-
-
-def search(query: str) -> list[Run]:
-    """The runs of all experiments that meet a query."""
-    experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
-    return list(mlflow.search_runs(experiments, query, output_format="list"))
 
 
 def stores_exist() -> bool:

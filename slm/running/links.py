@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,18 @@ LARGE = 2**20  # bytes: smaller files are copied, for people edit them in place
 
 
 @contextlib.contextmanager
-def copies_as_links(files: Path, work: Path, scratch: Path) -> Iterator[None]:
+def copies_as_links(files: Path, work: Path) -> Iterator[None]:
     """Let copies of the large files of a folder be hard links, if the folder is in `work`.
 
-    MLflow 3.17 copies a model's files into a temporary folder, which is made in `scratch`
-    meanwhile, and from there into the store. On another file system, or one without hard links, a
-    file is copied, once. Outside of `work` a file is its owner's, who may write into it.
+    MLflow 3.17 copies a model's files into a temporary folder, and from there into the store. On
+    another file system, or one without hard links, a file is copied, once. Outside of `work` a file
+    is its owner's, who may write into it.
     """
     own = files.resolve().is_relative_to(work.resolve())
     found = files.rglob("*") if own else ()
     paths = [path for path in found if path.is_file() and not path.is_symlink()]
     places = {inode(path): [path] for path in paths if path.stat().st_size >= LARGE}
-    copy, temporary = shutil.copyfile, tempfile.tempdir
+    copy = shutil.copyfile
 
     def link_or_copy(source: Any, destination: Any, *, follow_symlinks: bool = True) -> Any:
         same = places.get(inode(source), [])
@@ -35,11 +34,11 @@ def copies_as_links(files: Path, work: Path, scratch: Path) -> Iterator[None]:
         same.append(Path(destination))
         return destination
 
-    shutil.copyfile, tempfile.tempdir = link_or_copy, str(scratch)  # type: ignore[assignment]
+    shutil.copyfile = link_or_copy  # type: ignore[assignment]
     try:
         yield
     finally:
-        shutil.copyfile, tempfile.tempdir = copy, temporary
+        shutil.copyfile = copy
 
 
 def inode(path: Any) -> tuple[int, int]:

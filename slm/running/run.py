@@ -17,7 +17,7 @@ import mlflow
 from slm.config import Config
 from slm.running.summary import note_step
 from slm.running.tracking import log_parameters, mlflow_run
-from slm.running.work import RESULT, Outcome, T, keep, touch
+from slm.running.work import RESULT, Outcome, T, keep, touch, work_folder
 
 log = logging.getLogger("slm.run")
 
@@ -65,7 +65,7 @@ def run_step(
     kept = None if asked is Ask.run else kept_or_made(only_kept=True)
     if kept is not None and asked is Ask.look:
         return kept.outcome
-    with mlflow_run(name) as run:
+    with mlflow_run(name, work_folder(config.paths.work)) as run:
         log_parameters(name, config)
         if kept is None:
             kept = kept_or_made()

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import textwrap
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,30 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import mlflow
 import psutil
+from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
 
 from slm.config import ROOT, Config
 from slm.errors import InputError, UnreachableError, one_line
 from slm.redaction import redacted
+from slm.running.killed import end_killed, on_record
 from slm.running.summary import note
 
 log = logging.getLogger("slm.tracking")
 
 USERNAME, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+RECORD = "record"  # the tag of a run that says under which name it is on record
 TEXT_LIMIT = 5000  # characters of a tag or a description, in MLflow's stores
 
 
 def settle_tracking() -> None:
-    """Make the stores' URIs absolute, and ask a remote tracking server for something once.
+    """Make the stores' URIs absolute, and ask a remote tracking server for something.
 
     A relative URI, MLflow's default among them, would move with the working directory; MLflow
     prints a server's URI with the password in it. Raises UnreachableError if the server does not
-    answer; MLflow's client alone would try for minutes.
+    answer: at once, unless it opened a run for this process and so is away for a while. MLflow's
+    client then tries for minutes.
     """
     registry = os.environ.get("MLFLOW_REGISTRY_URI")
     mlflow.set_tracking_uri(without_password(absolute_uri(mlflow.get_tracking_uri())))
@@ -41,7 +46,7 @@ def settle_tracking() -> None:
     if not mlflow.get_tracking_uri().startswith(("http://", "https://")):
         return
     impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-    with environment(impatient):
+    with environment({} if "MLFLOW_RUN_ID" in os.environ else impatient):
         try:
             mlflow.search_experiments(max_results=1)
         except MlflowException as error:
@@ -127,28 +132,36 @@ def shown_tracking_uri() -> str:
 
 
 @contextlib.contextmanager
-def mlflow_run(name: str) -> Iterator[mlflow.ActiveRun]:
-    """The MLflow run that `mlflow run` opened for this process, else a new one; or a child run."""
+def mlflow_run(name: str, work: Path) -> Iterator[mlflow.ActiveRun]:
+    """The MLflow run that `mlflow run` opened for this process, else a new one; or a child run.
+
+    What killed processes left open in the same work folder is ended first.
+    """
     if mlflow.active_run() is not None:
         tags = {"mlflow.project.entryPoint": name}  # as `mlflow run` would set it
         with mlflow.start_run(run_name=name, nested=True, tags=tags) as run:
             hide_secrets(run)
             yield run
         return
-    run_id = os.environ.get("MLFLOW_RUN_ID")
-    try:
-        run = mlflow.start_run(run_name=None if run_id else name)
-    except MlflowException as error:
-        if run_id and "not found" in str(error):
-            raise InputError(
-                f"run {run_id} is not in {shown_tracking_uri()}: `mlflow run` was started in "
-                "another folder. Set MLFLOW_TRACKING_URI to an absolute URI."
-            ) from error
-        raise
-    note(run_id=run.info.run_id)
-    hide_secrets(run)
-    yield run
-    mlflow.end_run()  # after an error, entry_point ends the run with the error on it
+    end_killed(work)
+    run_id, own = os.environ.get("MLFLOW_RUN_ID"), uuid.uuid4().hex
+    query = f"attributes.run_id = '{run_id}'" if run_id else f"tags.{RECORD} = '{own}'"
+    with on_record(run_id or own, query, work):
+        try:
+            run = mlflow.start_run(
+                run_name=None if run_id else name, tags=None if run_id else {RECORD: own}
+            )
+        except MlflowException as error:
+            if run_id and "not found" in str(error):
+                raise InputError(
+                    f"run {run_id} is not in {shown_tracking_uri()}: `mlflow run` was started in "
+                    "another folder. Set MLFLOW_TRACKING_URI to an absolute URI."
+                ) from error
+            raise
+        note(run_id=run.info.run_id)
+        hide_secrets(run)
+        yield run
+        mlflow.end_run()  # after an error, entry_point ends the run with the error on it
 
 
 def hide_secrets(run: mlflow.ActiveRun) -> None:
@@ -226,8 +239,8 @@ def local_path(uri: str | None, parameter: str, made_by: str) -> Path:
 def logged_model_exists(model_id: str) -> bool:
     """Whether the tracking server still has the logged model, files and all."""
     try:
-        mlflow.get_logged_model(model_id)
-        return bool(mlflow.artifacts.list_artifacts(artifact_uri=f"models:/{model_id}"))
+        whole = mlflow.get_logged_model(model_id).status == LoggedModelStatus.READY
+        return whole and bool(mlflow.artifacts.list_artifacts(artifact_uri=f"models:/{model_id}"))
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False

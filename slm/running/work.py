@@ -12,12 +12,13 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from slm.config import ROOT
 from slm.digests import digest_file, digest_files, digest_of
@@ -102,7 +103,7 @@ def keep(
     if only_kept:
         return reuse()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with locked(folder):
         try:
             kept = reuse()
             touch(kept.folder)
@@ -114,7 +115,8 @@ def keep(
         folder.mkdir()
         start = time.monotonic()
         try:
-            result = make(folder)
+            with scratch(folder):
+                result = make(folder)
             record = {"key": digest, "made": time.time(), "of": of, "parts": parts}
             record |= {"made_s": time.monotonic() - start, "peak_rss_mb": peak_with_children_mb()}
             write_result(folder, result, record)
@@ -122,6 +124,38 @@ def keep(
             shutil.rmtree(folder, ignore_errors=True)
             raise
     return Kept(result, folder, digest[:16], why)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have a folder to oneself, and say so if one has to wait; a dead process holds no lock."""
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another run makes %s: waiting", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[None]:
+    """Temporary files beside a folder, where the next run finds what a killed one left."""
+    place = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    before = tempfile.tempdir, os.environ.get("TMPDIR")
+    tempfile.tempdir = os.environ["TMPDIR"] = str(place)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before[0]
+        os.environ.pop("TMPDIR")
+        os.environ.update({"TMPDIR": before[1]} if before[1] else {})
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def work_folder(work: str) -> Path:
