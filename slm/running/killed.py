@@ -47,8 +47,12 @@ def on_record(name: str, query: str, work: Path) -> Iterator[None]:
 
 def end_killed(work: Path) -> None:
     """End the runs of this store that killed processes left, and delete what they half logged."""
-    for record in (work / FOLDER).glob("*.json"):
-        with contextlib.suppress(Timeout, FileNotFoundError), lock_of(record):
+    for lock in (work / FOLDER).glob("*.lock"):
+        record = lock.with_suffix(".json")
+        with contextlib.suppress(Timeout), lock_of(record):
+            if not record.is_file():  # killed before it was written, thus before there was a run
+                forget(record)
+                continue
             told = json.loads(record.read_text())
             if told["store"] != store():
                 continue
@@ -96,7 +100,7 @@ def discard_models(run: Run, work: Path) -> None:
 
 def forget(record: Path) -> None:
     """Remove a record while its lock is held, and the lock's file."""
-    for path in (record, record.with_suffix(".lock")):
+    for path in (record, record.with_suffix(".partial"), record.with_suffix(".lock")):
         path.unlink(missing_ok=True)
 
 
