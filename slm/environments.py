@@ -1,5 +1,6 @@
 """Python environments of given requirements, made once and kept in the work folder."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -39,6 +40,8 @@ def environment_of(requirements: list[str], folder: Path) -> Path:
             if not made_by_uv(requirements, place, python):
                 make_by_pip(requirements, place, python)
             ready.touch()
+        with contextlib.suppress(OSError):  # of another user
+            os.utime(place)  # it was used: `clean` removes the longest unused first
     return python
 
 

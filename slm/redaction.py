@@ -7,6 +7,7 @@ header, and the values of environment variables whose names say so.
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import quote, unquote
 
 HIDDEN = "***"
@@ -35,6 +36,20 @@ def redacted(text: str) -> str:
     text = USER_INFO.sub("", text)
     text = QUERY.sub(rf"\1={HIDDEN}", text)
     return HEADER.sub(rf"\1{HIDDEN}", text)
+
+
+def redacted_texts(value: Any) -> Any:
+    """A structure of JSON's types without the secrets in its texts.
+
+    To be taken before it is encoded: JSON spells a quote, and so a secret with one, otherwise.
+    """
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, dict):
+        return {name: redacted_texts(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted_texts(part) for part in value]
+    return value
 
 
 def secret_values() -> list[str]:

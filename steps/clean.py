@@ -129,12 +129,13 @@ def show(done: Cleaning) -> None:
         count = list(done.kept.values()).count(reason)
         console.print(f"kept        {count}: {reason}")
     text = f"{words} {done.removed_gb:.3f} GB; {done.left_gb:.3f} GB stay in {done.work}"
-    console.print(text, soft_wrap=True)
+    console.print(text, soft_wrap=True, markup=False)
 
 
 def main(config: Config) -> None:
     work = work_folder(config.paths.work)
-    end_killed(work)
+    if not config.clean.dry_run:
+        end_killed(work)
     done = clean(work, config.clean)
     show(done)
     note(result=asdict(done))

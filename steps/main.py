@@ -32,6 +32,7 @@ from slm.running.run import Ask
 from slm.running.summary import note_step
 from slm.running.tracking import mlflow_run, store_variables
 from slm.running.work import RESULT, NotKept, enum_value, work_folder
+from slm.seal import require_key_to_sign
 
 log = logging.getLogger("slm.main")
 
@@ -167,6 +168,7 @@ def next_lines(work: str, report: str, registered: str) -> dict[str, str]:
 
 def main(config: Config) -> None:
     require_registry(config.register)
+    require_key_to_sign(config.signing)
     choices = HydraConfig.get().runtime.choices
     chain = Chain(config, choices["model"], choices["target"], overrides_for_children())
     with mlflow_run("main", work_folder(config.paths.work)):

@@ -19,12 +19,14 @@ from rich.console import Console
 from slm.config import Config
 from slm.evaluation.summary import table
 from slm.records import Checkpoint
+from slm.registry.kinds import require_registry
 from slm.running.chain import PIPELINE, Link, kept
 from slm.running.command import entry_point
 from slm.running.costs import Cost, Size, cost_of
 from slm.running.run import Ask
 from slm.running.summary import note
 from slm.running.work import NotKept, records, work_folder
+from slm.seal import require_key_to_sign
 from slm.sources.resolve import resolve
 from slm.sources.weights import read_tensors
 
@@ -55,6 +57,8 @@ class Plan:
 
 def plan(config: Config) -> Plan:
     """Ask every step in turn. InputError where a step would refuse what it is given."""
+    require_registry(config.register)
+    require_key_to_sign(config.signing)
     work = work_folder(config.paths.work)
     outcomes: dict[str, Any] = {}
     found = {link.step: ask(link, config, outcomes) for link in PIPELINE}

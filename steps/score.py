@@ -22,8 +22,10 @@ import mlflow
 from slm.config import Config, Score
 from slm.errors import StepError
 from slm.records import LoggedModel, Scored
+from slm.redaction import redacted
 from slm.running.command import entry_point
 from slm.running.run import numbers
+from slm.running.summary import note
 from slm.running.tracking import local_path, log_parameters, mlflow_run
 from slm.running.work import work_folder
 from slm.scoring.rows import (
@@ -40,6 +42,7 @@ from slm.scoring.rows import (
 from slm.scoring.spark import cores_of_a_task, ship, spark_session, tasks_at_once
 from slm.scoring.tables import PART, Files, Manifest, Place, keeper_of, place_of, read
 from slm.scoring.worker import Work
+from slm.seal import require_signed
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -107,7 +110,7 @@ def score(
             "while it was answered. Score a copy that stays as it is."
         )
     return Scored(
-        uri=output.name,
+        uri=redacted(output.name),
         model=model.uri,
         rows=total,
         parts=manifest.parts,
@@ -124,7 +127,7 @@ def answer_parts(
     expected: dict[int, int],
 ) -> None:
     """Answer and keep the parts `todo`, with their rows, out of all that are `expected`."""
-    context, group = keeper.spark.sparkContext, f"score {keeper.place.name}"
+    context, group = keeper.spark.sparkContext, f"score {redacted(keeper.place.name)}"
     parts, rows, answered_rows = len(expected) - len(todo), sum(expected.values()), 0
     before = rows - sum(todo.values())
     log.info(
@@ -177,6 +180,7 @@ def main(config: Config) -> Scored:
     source = place_of("input", config.input, config.score.input_format)
     output = place_of("output", config.output, config.score.output_format)
     folder = local_path(config.model_uri, "model_uri", "register")
+    require_signed([str(folder)], config.signing)  # executors may not know the key
     with mlflow_run("score", work_folder(config.paths.work)):
         log_parameters("score", config, shared=())
         with spark_session(config.score) as spark:
@@ -185,6 +189,7 @@ def main(config: Config) -> Scored:
         log.info("score: %d rows, %d of them with an error, are in %s", *rows)
         mlflow.log_metrics(numbers(result))
         mlflow.log_dict({"outcome": asdict(result)}, "result.json")
+        note(result=asdict(result))
     return result
 
 

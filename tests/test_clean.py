@@ -1,3 +1,4 @@
+import json
 import os
 import time
 from pathlib import Path
@@ -6,9 +7,10 @@ import mlflow
 import pytest
 from filelock import FileLock
 
+from slm import environments
 from slm.running.work import RESULT
-from steps.clean import Cleaning, clean
-from tests.conftest import Packaged, Project, composed
+from steps.clean import Cleaning, clean, main
+from tests.conftest import Packaged, Project, composed, tracking
 
 DAY_S = 86400
 
@@ -89,6 +91,27 @@ def test_what_a_live_run_used_stays(project: Project) -> None:
     assert names(cleaned(project.folder)) == [f"fetch/{other}"]
     client.set_terminated(parent)
     assert names(cleaned(project.folder)) == [f"fetch/{made}", f"fetch/{read}"]
+
+
+def test_an_environment_that_is_used_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask() -> Path:
+        return environments.environment_of(["a==1"], tmp_path / "work/environments").parents[1]
+
+    monkeypatch.setattr(environments, "made_by_uv", lambda _, place, __: place.mkdir() is None)
+    os.utime(ask(), (0, 0))
+    ask()
+    assert not names(cleaned(tmp_path))
+
+
+def test_a_dry_run_ends_no_run_of_a_killed_process(project: Project) -> None:
+    run_id, work = project.client.create_run("1").info.run_id, project.folder / "work"
+    (work / "running").mkdir(parents=True)
+    told = {"store": project.tracking_uri, "query": f"attributes.run_id = '{run_id}'"}
+    (work / "running" / f"{run_id}.json").write_text(json.dumps(told))
+    for dry, status in (("true", "RUNNING"), ("false", "KILLED")):
+        with tracking(project):
+            main(composed(f"paths.work={work}", f"clean.dry_run={dry}"))
+        assert project.client.get_run(run_id).info.status == status
 
 
 def test_what_a_registered_version_was_made_from_stays(packaged: Packaged) -> None:

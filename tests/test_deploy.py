@@ -35,7 +35,7 @@ def workflow_command() -> list[str]:
         line
         for step in WORKFLOW["jobs"]["package"]["steps"]
         for line in step.get("run", "").splitlines()
-        if "steps." in line
+        if "steps.main" in line
     ]
     return shlex.split(line.partition("|")[0])
 
@@ -46,6 +46,15 @@ def test_a_schedule_runs_an_entry_point_with_its_parameters(command: list[str]) 
     parameters = entry_points[command[2].removeprefix("steps.")]["parameters"]
     flags = {word.removeprefix("--") for word in command if word.startswith("--")}
     assert command[:2] == ["python", "-m"] and flags and flags <= parameters.keys()
+
+
+def test_the_volume_of_a_schedule_is_bounded() -> None:
+    [cleans] = CRON_POD["initContainers"]
+    assert cleans["command"][:3] == ["python", "-m", "steps.clean"]
+    volume = KUBERNETES["PersistentVolumeClaim"]["resources"]["requests"]["storage"]
+    bound = composed(*cleans["command"][3:]).clean.max_gb
+    assert bound is not None and bound < int(volume.removesuffix("Gi"))
+    assert cleans["volumeMounts"] == PACKAGES["volumeMounts"]
 
 
 def test_what_is_packaged_is_what_is_served() -> None:

@@ -1,12 +1,17 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from slm.config import Config
+from slm.errors import InputError
 from slm.running.command import split_overrides
 from slm.running.costs import Size, cost_of
+from slm.running.tracking import logged_model_exists
 from slm.running.work import records
+from steps.main import main
 from steps.plan import Plan, plan
 from tests.conftest import TINY, Packaged, Project, composed, tracking
 
@@ -53,6 +58,26 @@ def test_what_differs_runs_and_what_depends_on_it_may(
     assert next(step.why for step in steps if step.does == "runs") == why
     cost = next(step.cost for step in steps if step.does == "runs")
     assert None not in (cost.disk_gb, cost.memory_gb, cost.seconds)
+
+
+@pytest.mark.parametrize("ask", [plan, main])
+def test_what_the_last_steps_would_refuse_is_refused_before_the_first(
+    ask: Callable[[Config], object], tmp_path: Path
+) -> None:
+    public = tmp_path / "own.pub"
+    public.touch()
+    with pytest.raises(InputError, match="private_key is not"):
+        ask(composed(f"signing.public_key={public}"))
+
+
+def test_to_ask_for_a_logged_model_makes_no_store(tmp_path: Path) -> None:
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(Project(tmp_path).tracking_uri)
+    try:
+        assert not logged_model_exists("m-1")
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_plan_leaves_nothing_behind(packaged: Packaged, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from slm.seal import PASSWORD, require_key_to_sign, sign, signed_by
 from slm_pyfunc.verify import PUBLIC_KEY, SIGNATURE, SignatureError, verify
 from steps.log_transformers import log_transformers
 from steps.rollback import Request, rollback
+from steps.score import main as score
 from tests.conftest import (
     MODEL,
     TARGET,
@@ -108,6 +109,12 @@ def test_what_mlflow_adds_to_a_signed_model_is_no_change(model: Path, keys: Sign
     (model / "metadata").mkdir()
     (model / "metadata" / "MLmodel").touch()
     verify(model, Path(str(keys.public_key)))
+
+
+def test_an_unsigned_model_is_not_sent_to_executors(model: Path, keys: Signing) -> None:
+    tables = ["input=asked.csv", "output=told.csv"]
+    with pytest.raises(StepError, match="is not to be trusted: the model is not signed"):
+        score(composed(f"model_uri={model}", f"signing.public_key={keys.public_key}", *tables))
 
 
 def test_only_the_owner_of_the_key_can_have_signed_it(model: Path, tmp_path: Path) -> None:

@@ -46,10 +46,13 @@ def registering(_: Config) -> None:
 
 
 def ended(
-    step: Callable[[Config], object], monkeypatch: pytest.MonkeyPatch, *arguments: str
+    step: Callable[[Config], object],
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: str,
+    name: str = "fetch",
 ) -> int:
     """The exit code of a step as a command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["/steps/fetch.py", *arguments])
+    monkeypatch.setattr(sys, "argv", [f"/steps/{name}.py", *arguments])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     logger = logging.getLogger("slm")
     for name in ("handlers", "level", "propagate"):  # as they are, once the test has ended
@@ -115,6 +118,28 @@ def test_what_cannot_be_composed_is_bad_input_and_in_the_summary(
     file.write_text("of an earlier run")
     assert ended(registering, monkeypatch, *(a.format(file) for a in arguments)) == 2
     assert json.loads(file.read_text())["exit_code"] == 2
+
+
+def test_a_summary_that_can_be_no_file_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(registering, monkeypatch, f"summary={tmp_path}") == 2
+    assert f"summary={tmp_path} cannot be written" in capsys.readouterr().err
+
+
+def test_what_is_of_no_configured_model_names_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "summary.json"
+    assert ended(registering, monkeypatch, f"summary={file}", name="score") == 0
+    assert json.loads(file.read_text())["model"] == ""
+
+
+def test_a_summary_is_json_whatever_is_hidden_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_SECRET", 'a "quoted\\secret"')
+    error = 'at "https://h/x?sig=abc": "Authorization: Bearer abc", a "quoted\\secret"'
+    shown = 'at "https://h/x?sig=***": "Authorization: ***", ***'
+    assert json.loads(Summary("main", error=error).json())["error"] == shown
 
 
 def test_a_step_that_is_none_cannot_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,3 +246,11 @@ def test_a_command_posts_once_whatever_it_starts(
     monkeypatch.setenv(summary.WEBHOOK, f"http://{receiver.host}/secret")
     assert ended(step, monkeypatch) == 0
     assert found == [False] and len(receiver.bodies) == 1
+
+
+def test_who_asks_for_the_configuration_has_run_nothing(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(summary.WEBHOOK, f"http://{receiver.host}/secret")
+    assert ended(registering, monkeypatch, "--cfg", "job") == 0
+    assert not receiver.bodies

@@ -14,6 +14,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from slm.registry.names import CONTENT, EVALUATED_WITH, SHA256
 from slm.running.killed import search
+from slm.running.tracking import stores_exist
 from slm.running.work import records
 
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
@@ -55,9 +56,3 @@ def of_live_runs() -> set[str]:
     for run in list(runs):
         runs += search(f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
     return {key for run in runs for key in KEY.findall(f"{run.data.tags} {run.data.params}")}
-
-
-def stores_exist() -> bool:
-    """Whether there is anything to ask: to ask MLflow's SQLite store would make the file."""
-    uri = mlflow.get_tracking_uri()
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()

@@ -75,7 +75,8 @@ def entry_point(step: Callable[[Config], object]) -> None:
             with environment({FULL_ERRORS: asked}):  # what the step starts has errors of its own
                 ending.goes_to(config.summary, calling_folder())
                 values = typed(config)
-                summary.model, summary.target = values.model.name, values.target.name
+                if "model" in parameters_of(name):
+                    summary.model, summary.target = values.model.name, values.target.name
                 summary.tracking_uri = shown_tracking_uri()
                 hydra = HydraConfig.get()
                 dropped = heed_another_source(
@@ -100,7 +101,7 @@ def entry_point(step: Callable[[Config], object]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         if asked == "1":
             log.exception("composing conf/ failed")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(InputError):
             ending.goes_to(ending.path or told_summary(sys.argv[1:]), calling_folder())
         summary.error, summary.exit_code = explain(error), InputError.exit_code
         end_run_with_error(name, summary.error, summary.exit_code)

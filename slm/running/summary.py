@@ -20,9 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slm.errors import InfrastructureError
+from slm.errors import InfrastructureError, InputError
 from slm.records import Evaluation, RegisteredVersion, Registration
-from slm.redaction import redacted
+from slm.redaction import redacted, redacted_texts
 
 log = logging.getLogger("slm.summary")
 
@@ -45,7 +45,7 @@ class Done:
 
 @dataclass
 class Summary:
-    """What a command did so far; `result` is what plan, clean and rollback end with."""
+    """What a command did so far; `result` is what plan, clean, rollback and score end with."""
 
     entry_point: str
     exit_code: int = 0
@@ -72,7 +72,7 @@ class Summary:
 
     def json(self) -> str:
         every = {"schema": 1, "status": self.status, **dataclasses.asdict(self)}
-        return redacted(json.dumps(every, indent=2, default=str)) + "\n"
+        return json.dumps(redacted_texts(every), indent=2, default=str) + "\n"
 
     def sentence(self) -> str:
         """All of it in a line for people."""
@@ -110,22 +110,34 @@ class Ending:
 
     def __init__(self, entry_point: str) -> None:
         self.summary, self.path = Summary(entry_point), ""
-        self.start = time.monotonic()
+        self.start, self.began = time.monotonic(), False
         # Taken out of the environment: what this process starts has an end of its own.
         self.webhook = os.environ.pop(WEBHOOK, "")
         self.format = os.environ.pop(FORMAT, "")
         CURRENT.set(self.summary)
 
     def goes_to(self, file: str | None, folder: Path) -> None:
-        """Say where it is written, and remove an earlier command's: it says nothing of this one."""
+        """Say where it is written, and remove an earlier command's: it says nothing of this one.
+
+        Raises InputError if no file can be there.
+        """
+        self.began = True
         if file:
             path = folder / Path(file).expanduser()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"summary={file} cannot be written ({error}). Give a file in a folder that you "
+                    "may write to."
+                ) from error
             self.path = str(path)
 
     def tell(self) -> None:
-        """Write the file, and post to the webhook."""
+        """Write the file, and post to the webhook; nothing of a command that only showed help."""
+        if not (self.began or self.summary.exit_code):
+            return
         self.summary.duration_s = round(time.monotonic() - self.start, 3)
         try:
             if self.path:

@@ -236,8 +236,16 @@ def local_path(uri: str | None, parameter: str, made_by: str) -> Path:
     )
 
 
+def stores_exist() -> bool:
+    """Whether there is anything to ask: to ask MLflow's SQLite store would make the file."""
+    uri = mlflow.get_tracking_uri()
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
+
+
 def logged_model_exists(model_id: str) -> bool:
     """Whether the tracking server still has the logged model, files and all."""
+    if not stores_exist():
+        return False
     try:
         whole = mlflow.get_logged_model(model_id).status == LoggedModelStatus.READY
         return whole and bool(mlflow.artifacts.list_artifacts(artifact_uri=f"models:/{model_id}"))
