@@ -57,7 +57,7 @@ def export_onnx(
 ) -> OnnxModel:
     """Make the graph and its weights, check them, and record how they were made."""
     onnx, scratch = folder / "onnx", folder / "scratch"
-    calibrated = folder.with_name(f"{folder.name}.calibrated")  # outlives a failure
+    calibrated = calibrated_of(folder)
     calibration = calibration_of(target, settings)
     texts = [json.loads(line)["text"] for line in TEXTS.read_text().splitlines()]
     request = Request(
@@ -74,7 +74,6 @@ def export_onnx(
     )
     exported = run_worker(request)
     shutil.rmtree(scratch)
-    shutil.rmtree(calibrated, ignore_errors=True)
     require_files(
         onnx, "genai_config.json", "tokenizer.json", "tokenizer_config.json", made_by="export_onnx"
     )
@@ -86,6 +85,7 @@ def export_onnx(
         notes.append(f"{len(exported.rounded)} weights with rows on no grid are rounded: {names}")
     notes += carry_over(checkpoint, onnx)
     checked_on, differences = require_it_generates(onnx, checkpoint, target)
+    shutil.rmtree(calibrated, ignore_errors=True)
     arguments = builder_arguments(target) if exported.graph == "genai" else []
     onnx_provenance = write_provenance(
         onnx,
@@ -120,6 +120,11 @@ def export_onnx(
     )
 
 
+def calibrated_of(folder: Path) -> Path:
+    """Where calibrated layers lie, beside an outcome's folder: they outlive a failure."""
+    return folder.with_name(f"{folder.name}.calibrated")
+
+
 def calibration_of(target: Target, settings: Export) -> dict[str, Any]:
     """All that shapes the weights of a calibrated target; nothing of others."""
     if not target.quantizer.calibrates:
@@ -139,6 +144,12 @@ def main(config: Config) -> OnnxModel:
             "that takes what transformers loads."
         )
     provenance = read_provenance(checkpoint)
+
+    def make(folder: Path) -> OnnxModel:
+        if "export_onnx" in config.force:
+            shutil.rmtree(calibrated_of(folder), ignore_errors=True)
+        return export_onnx(checkpoint, provenance, config.target, config.export, folder)
+
     return run_step(
         "export_onnx",
         config,
@@ -150,9 +161,7 @@ def main(config: Config) -> OnnxModel:
             "calibration": calibration_of(config.target, config.export),
             "versions": versions(*LIBRARIES),
         },
-        make=lambda folder: export_onnx(
-            checkpoint, provenance, config.target, config.export, folder
-        ),
+        make=make,
     )
 
 
