@@ -16,7 +16,7 @@ run: $(READY)  ## package the default model for the default target
 	PATH="$(BIN):$$PATH" mlflow run . --env-manager local
 
 test: lint  ## checks, then the tests on the real small model
-	"$(BIN)/python" -m pytest -n 3 --dist loadgroup
+	"$(BIN)/python" -m pytest -n 2 --dist loadgroup
 
 test-kills: $(READY)  ## kill -9 at 60 points of the real steps; a quarter of an hour
 	SLM_KILLS=5 "$(BIN)/python" -m pytest tests/test_kills.py

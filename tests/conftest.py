@@ -112,6 +112,14 @@ class Project:
         )
 
 
+@pytest.fixture(autouse=True)
+def registry_of_its_own() -> Iterator[None]:
+    """MLflow keeps a registry that a test set, for the process and in its environment."""
+    yield
+    mlflow.set_registry_uri("")
+    os.environ.pop("MLFLOW_REGISTRY_URI", None)
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     """An empty project for a test that makes its own mess."""
@@ -311,12 +319,15 @@ def create_experiment(folder: Path) -> None:
 def tracking(project: Project) -> Iterator[None]:
     """Point this process's MLflow at a project's store."""
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(project.tracking_uri)
-    mlflow.set_experiment("tests")
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)
+    with pytest.MonkeyPatch.context() as patch:
+        # MLflow puts a registry that is set into the environment, and leaves it there.
+        patch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+        mlflow.set_tracking_uri(project.tracking_uri)
+        mlflow.set_experiment("tests")
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)
 
 
 @dataclass(frozen=True)

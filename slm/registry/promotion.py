@@ -56,7 +56,7 @@ def settle(
         return reasons
     for version in [*followers, lead]:
         # Other targets share the checkpoint's model: a later one stays where it is.
-        if TARGET in version.tags or SUCCEEDS not in version.tags:
+        if TARGET in version.tags or was_left_behind(client, version):
             promote(client, version)
     return []
 

@@ -47,8 +47,7 @@ def on_record(name: str, query: str, work: Path) -> Iterator[None]:
 
 def end_killed(work: Path) -> None:
     """End the runs of this store that killed processes left, and delete what they half logged."""
-    for lock in (work / FOLDER).glob("*.lock"):
-        record = lock.with_suffix(".json")
+    for record in {path.with_suffix(".json") for path in (work / FOLDER).glob("*.*")}:
         with contextlib.suppress(Timeout), lock_of(record):
             if not record.is_file():  # killed before it was written, thus before there was a run
                 forget(record)
