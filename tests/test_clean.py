@@ -86,7 +86,7 @@ def test_what_a_live_run_used_stays(project: Project) -> None:
     client = project.client
     parent = client.create_run("1").info.run_id
     child = client.create_run("1", tags={"mlflow.parentRunId": parent, "key": made}).info.run_id
-    client.log_param(child, "input.source", f"/work/fetch/{read}/checkpoint")
+    client.log_param(child, "input.source", f"fetch/{read}/checkpoint")
     client.set_terminated(child)
     assert names(cleaned(project.folder)) == [f"fetch/{other}"]
     client.set_terminated(parent)
