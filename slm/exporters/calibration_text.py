@@ -8,7 +8,6 @@ export itself, rounded to nearest.
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jsonschema
 
 from slm.config import WINDOW
 from slm.errors import InputError
+from slm.running.whole import write_whole
 from slm.sources.rows import MESSAGES, data_file, read_jsonl, readable
 from slm_pyfunc.engine.runtime import Runtime
 from slm_pyfunc.parameters import Parameters
@@ -68,9 +68,7 @@ def calibration_tokens(
         prompts = [runtime.render(messages) for messages in conversations]
         answers = runtime.answer(prompts, SAMPLING)
         spoken = [prompt + answer.text for prompt, [answer] in zip(prompts, answers, strict=True)]
-        partial = kept.with_suffix(".partial")
-        partial.write_text(json.dumps(spoken))
-        os.replace(partial, kept)
+        write_whole(kept, json.dumps(spoken))
     spoken = json.loads(kept.read_text()) if conversations else []
     written = [row["text"] for row in rows if "text" in row]
     share = most // 2 if written and spoken else most

@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from slm.errors import one_line
 from slm.redaction import redacted
+from slm.running.whole import partial_of, write_whole
 from slm.running.work import RESULT
 
 log = logging.getLogger("slm.killed")
@@ -38,16 +39,15 @@ def on_record(name: str, query: str, work: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # what makes an outcome will say so
             record.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock_of(record))
-            partial = record.with_suffix(".partial")
-            partial.write_text(json.dumps({"store": store(), "query": query}))
-            partial.replace(record)
+            write_whole(record, json.dumps({"store": store(), "query": query}))
         yield
         forget(record)
 
 
 def end_killed(work: Path) -> None:
     """End the runs of this store that killed processes left, and delete what they half logged."""
-    for record in {path.with_suffix(".json") for path in (work / FOLDER).glob("*.*")}:
+    for name in {path.name.partition(".")[0] for path in (work / FOLDER).glob("*.*")}:
+        record = work / FOLDER / f"{name}.json"
         with contextlib.suppress(Timeout), lock_of(record):
             if not record.is_file():  # killed before it was written, thus before there was a run
                 forget(record)
@@ -99,7 +99,7 @@ def discard_models(run: Run, work: Path) -> None:
 
 def forget(record: Path) -> None:
     """Remove a record while its lock is held, and the lock's file."""
-    for path in (record, record.with_suffix(".partial"), record.with_suffix(".lock")):
+    for path in (record, partial_of(record), record.with_suffix(".lock")):
         path.unlink(missing_ok=True)
 
 

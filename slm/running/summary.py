@@ -23,6 +23,7 @@ from typing import Any
 from slm.errors import InfrastructureError, InputError
 from slm.records import Evaluation, RegisteredVersion, Registration
 from slm.redaction import redacted, redacted_texts
+from slm.running.whole import write_whole
 
 log = logging.getLogger("slm.summary")
 
@@ -141,9 +142,7 @@ class Ending:
         self.summary.duration_s = round(time.monotonic() - self.start, 3)
         try:
             if self.path:
-                partial = Path(f"{self.path}.partial")
-                partial.write_text(self.summary.json())
-                partial.replace(self.path)
+                write_whole(Path(self.path), self.summary.json())
         except OSError as error:
             log.error("the summary cannot be written: %s", error)
             self.summary.exit_code = self.summary.exit_code or InfrastructureError.exit_code

@@ -24,6 +24,7 @@ from slm.config import ROOT
 from slm.digests import digest_file, digest_files, digest_of
 from slm.records import from_json
 from slm.running.memory import peak_with_children_mb
+from slm.running.whole import write_whole
 
 log = logging.getLogger("slm.work")
 
@@ -187,9 +188,7 @@ def read_result(folder: Path, outcome: type[T]) -> T:
 def write_result(folder: Path, result: Outcome, record: dict[str, Any]) -> None:
     """Write result.json in one motion."""
     record |= {"outcome": dataclasses.asdict(result), "sha256": digest_files(folder)}
-    partial = folder / f"{RESULT}.partial"
-    partial.write_text(json.dumps(record, indent=2, default=enum_value) + "\n")
-    partial.replace(folder / RESULT)
+    write_whole(folder / RESULT, json.dumps(record, indent=2, default=enum_value) + "\n")
 
 
 def records(kind: Path) -> list[dict[str, Any]]:
