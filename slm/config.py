@@ -13,6 +13,7 @@ from omegaconf import MISSING, OmegaConf
 from platformdirs import user_cache_path
 
 from slm.errors import InputError
+from slm.target_name import true_name, untrue
 from slm_pyfunc.parameters import Parameters, RequestError
 from slm_pyfunc.settings import Settings
 
@@ -30,6 +31,7 @@ class ExecutionProvider(enum.Enum):
     cuda = "cuda"
     dml = "dml"
     webgpu = "webgpu"
+    NvTensorRtRtx = "NvTensorRtRtx"
 
 
 class Precision(enum.Enum):
@@ -181,7 +183,9 @@ class Target:
     """A hardware target: what the model builder is told, and which runtime wheel serves the result.
 
     `builder_options` are the builder's `--extra_options`. `runtime_package` is pinned to the
-    version of the onnxruntime-genai that exported the model. `int8` are endings of the names of
+    version of the onnxruntime-genai that exported the model; `provider_package`, a pin, brings the
+    execution provider if the runtime does not. What the words of `name` say of the target has to be
+    true (slm/target_name.py). `int8` are endings of the names of
     linears to which `quantizer=gptq` leaves 8 bits, as the checkpoint names them. Of
     `budget_mb` and `budget_bits` one may be given instead: `gptq` then leaves 8 bits to the linears
     that int4 harms most. The budget is what the linears' integers and scales take: 10^6 bytes, or
@@ -192,6 +196,7 @@ class Target:
     execution_provider: ExecutionProvider = MISSING
     precision: Precision = MISSING
     runtime_package: str = MISSING
+    provider_package: str | None = None
     quantizer: Quantizer = Quantizer.builder
     int8: list[str] = field(default_factory=list)
     budget_mb: float | None = None
@@ -237,6 +242,52 @@ class Target:
             raise InputError(
                 f"target.{given[0]} is {getattr(self, given[0])}, which only "
                 "target.quantizer=gptq with precision=int4 can heed."
+            )
+        self.require_served()
+        self.require_true_name()
+
+    @property
+    def accuracy_level(self) -> int:
+        """4 rounds activations to int8 inside the matrix products, 0 leaves them.
+
+        The builder's own quantizer takes 4 for some devices if it is told nothing.
+        """
+        of_builder = (ExecutionProvider.cpu, ExecutionProvider.webgpu)
+        built = self.quantizer is Quantizer.builder and self.execution_provider in of_builder
+        return int(self.builder_options.get("accuracy_level", 4 if built else 0))
+
+    def require_served(self) -> None:
+        """Raise InputError if the provider does not read weights of this kind."""
+        rounded = isinstance(self.precision, Precision) and bool(self.precision.bits)
+        read = self.quantizer is Quantizer.rtn and self.precision is Precision.int4
+        if self.execution_provider is ExecutionProvider.NvTensorRtRtx and rounded and not read:
+            raise InputError(
+                f"target.precision is {self.precision.value} by {self.quantizer.value}; for "
+                "TensorRT-RTX it must be int4 by target.quantizer=rtn, or floats."
+            )
+
+    def require_true_name(self) -> None:
+        """Raise InputError if the name says otherwise than the other keys."""
+        if "???" in (self.name, self.precision, self.execution_provider):
+            return  # what the YAML lacks is said elsewhere
+        options, quantizer = self.builder_options, self.quantizer.value
+        if self.quantizer is Quantizer.builder:
+            algorithm = options.get("algo_config", "default")
+            quantizer = {"default": "rtn"}.get(algorithm, algorithm)
+        if self.int8 or self.budget_mb or self.budget_bits:
+            quantizer = "mixed"
+        bits = self.precision.bits
+        own: dict[str, Any] = {
+            "execution_provider": self.execution_provider.value,
+            "precision": self.precision.value,
+            "quantizer": quantizer if bits else None,
+            "block_size": options.get("block_size", 32) if bits else None,
+            "accuracy_level": self.accuracy_level if bits else None,
+        }
+        if found := untrue(self.name, own):
+            raise InputError(
+                f"target.name is {self.name}, which says that {'; that '.join(found)}. "
+                f"Name it as it is: target.name={true_name(own)}."
             )
 
 

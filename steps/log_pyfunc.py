@@ -158,11 +158,12 @@ def shipped_code(interface: Interface, name: str) -> Iterator[tuple[Path, Path]]
                     del sys.modules[module]
 
 
-def runtime_requirements(runtime_package: str) -> list[str]:
+def runtime_requirements(target: Target) -> list[str]:
     """Pins for the logged model: the target's runtime, as it exported, and no torch."""
     pins = versions("mlflow", "numpy")
-    pins[runtime_package] = versions("onnxruntime-genai")["onnxruntime-genai"]
-    return [f"{package}=={version}" for package, version in pins.items()]
+    pins[target.runtime_package] = versions("onnxruntime-genai")["onnxruntime-genai"]
+    own = [target.provider_package] if target.provider_package else []
+    return [f"{package}=={version}" for package, version in pins.items()] + own
 
 
 def prove_environment(
@@ -196,7 +197,7 @@ def main(config: Config) -> LoggedModels:
         config.model.name,
         config.target,
         config.log_pyfunc,
-        runtime_requirements(config.target.runtime_package) + verifier_requirements(config.signing),
+        runtime_requirements(config.target) + verifier_requirements(config.signing),
         config.signing,
     )
 

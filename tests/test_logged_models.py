@@ -213,7 +213,7 @@ def test_the_models_answer_in_an_environment_of_their_requirements_alone(
     prompt_folder: Path, chat_folder: Path, tmp_path: Path
 ) -> None:
     folders = [str(prompt_folder), str(chat_folder)]
-    requirements = runtime_requirements("onnxruntime-genai")
+    requirements = runtime_requirements(composed().target)
     prove_environment(requirements, folders, str(tmp_path))
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("environments/*/ready")}
     environment_of(requirements, tmp_path / "environments")  # it is kept, and found again

@@ -53,7 +53,7 @@ def checkpoint(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its ONNX folder, in float32: without the noise of quantization."""
     config = composed()
-    target = replace(config.target, precision=Precision.fp32, builder_options={})
+    target = composed("target=cpu-fp32").target
     folder, provenance = tmp_path_factory.mktemp("exported"), read_provenance(checkpoint)
     return Path(export_onnx(checkpoint, provenance, target, config.export, folder).uri)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm.config import WINDOW, ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import InputError, StepError, one_line, words_for
-from slm.exporters import builder, graph, mobius, parity
+from slm.exporters import builder, dequantized, graph, mobius, parity
 from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
 from slm.records import from_json
@@ -86,7 +86,9 @@ def export(request: Request) -> Exported:
     save = quantizer = None
     if not (target.quantizer is Quantizer.builder and target.precision.bits):
         quantizer = quantizer_of(request, maker)
-        save = partial(graph.write, quantizer=quantizer, said=say)
+        dequantizes = isinstance(quantizer, dequantized.PositiveRtn)
+        put = dequantized.put if dequantizes else graph.quantize_product
+        save = partial(graph.write, quantizer=quantizer, said=say, put=put)
     with releasing_mapped(checkpoint):
         MAKERS[maker](checkpoint, target, target.precision, onnx, save)
     rounded = require_kept(quantizer) if isinstance(quantizer, Grid) else []
@@ -116,6 +118,8 @@ def quantizer_of(request: Request, maker: str) -> graph.Quantizer | None:
         return None
     block_size = target.builder_options["block_size"]
     accuracy_level = target.builder_options.get("accuracy_level", 0)
+    if target.execution_provider is ExecutionProvider.NvTensorRtRtx:
+        return dequantized.PositiveRtn(bits, block_size)
     if target.quantizer is Quantizer.rtn:
         return graph.Rtn(bits, block_size, accuracy_level)
     if target.quantizer is Quantizer.grid:
