@@ -19,7 +19,7 @@ from slm.errors import InputError, StepError
 from slm.running.command import parameters_of
 from steps import log_pyfunc
 from steps.log_pyfunc import prove_environment, runtime_requirements
-from tests.conftest import MODEL, TARGET, Packaged, Project, log_onnx, tracking
+from tests.conftest import MODEL, TARGET, Packaged, Project, composed, log_onnx, tracking
 
 FRANCE = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 SKY = "<|im_start|>user\nWhat colour is the sky?<|im_end|>\n<|im_start|>assistant\n"

@@ -1,7 +1,6 @@
 """A checkpoint as people have them means the same in transformers and in its ONNX model."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm.config import Precision
 from slm.digests import Provenance, read_provenance
 from slm.errors import InputError
 from slm.evaluation.sanity import end_token_failure
