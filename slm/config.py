@@ -13,7 +13,7 @@ from omegaconf import MISSING, OmegaConf
 from platformdirs import user_cache_path
 
 from slm.errors import InputError
-from slm.target_name import true_name, untrue
+from slm.target_name import joined, true_name, untrue
 from slm_pyfunc.parameters import Parameters, RequestError
 from slm_pyfunc.settings import Settings
 
@@ -328,10 +328,12 @@ class LogPyfunc(Settings):
     """The models to log from one ONNX folder, and how they serve unless told otherwise at load.
 
     `prove_environment` builds a fresh environment from the logged requirements, and asks the models
-    in it. `max_tokens` is that of a request that names none. The rest are the Settings that ship
-    with the model.
+    in it. `max_tokens` is that of a request that names none. `targets` are those of one model that
+    serves several devices, the preferred one first. The rest are the Settings that ship with the
+    model.
     """
 
+    targets: list[str] = field(default_factory=list)
     interfaces: list[Interface] = field(default_factory=lambda: [Interface.prompt, Interface.chat])
     prove_environment: bool = True
     max_tokens: int = Parameters.max_tokens
@@ -342,6 +344,8 @@ class LogPyfunc(Settings):
         if not self.interfaces or len(set(self.interfaces)) < len(self.interfaces):
             valid = ", ".join(interface.value for interface in Interface)
             raise InputError(f"log_pyfunc.interfaces must hold one or more of {valid}, each once.")
+        if len(set(self.targets)) < len(self.targets):
+            raise InputError(f"log_pyfunc.targets is {self.targets}; each must stand there once.")
 
 
 @dataclass
@@ -554,7 +558,8 @@ class Paths:
 class Config:
     """Everything that a step may read. `source`, `candidate` and `reference` are URIs.
 
-    `candidate` may be several, as a list: the interfaces of one ONNX model. `reason` says why to
+    `candidate` may be several, as a list: the interfaces of one ONNX model. `source` may be, for
+    log_pyfunc: the ONNX folders of several targets. `reason` says why to
     roll back. `force` names the steps to do again, `summary` the file for how the command ended.
     `score` reads a table at `input`, asks the model at `model_uri`, and writes `output`.
     """
@@ -569,7 +574,7 @@ class Config:
     score: Score = field(default_factory=Score)
     signing: Signing = field(default_factory=Signing)
     paths: Paths = field(default_factory=Paths)
-    source: str | None = None
+    source: Any = None
     candidate: Any = None
     reference: str | None = None
     reason: str | None = None
@@ -582,9 +587,16 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.candidate, str):
             self.candidate = uris_of(self.candidate)
+        if isinstance(self.source, str) and self.source.startswith("["):
+            self.source = json.loads(self.source)
         if isinstance(self.force, str):
             self.force = re.split(r"[,\s]+", self.force.strip())
         self.force = self.force or []
+
+    @property
+    def target_name(self) -> str:
+        """The target in a registered name: all of them, if one model serves several."""
+        return joined(self.log_pyfunc.targets) or self.target.name
 
 
 def uris_of(text: str) -> list[str]:

@@ -24,7 +24,8 @@ class Provenance:
     A checkpoint has a `source`. An ONNX folder has a `target`, and inside it the provenance of the
     `checkpoint` that it was exported from; `checked_on` is the execution provider that it generated
     on, or "none". `graph` is who made the graph, and `refused` why others were not taken, by name.
-    `notes` say what was mended, and what of the checkpoint is not served.
+    `notes` say what was mended, and what of the checkpoint is not served. Where ONNX folders for
+    several targets are in one (slm/bundle.py), `parts` are theirs, by target.
     """
 
     files: dict[str, str]
@@ -42,6 +43,7 @@ class Provenance:
     builder_arguments: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     checkpoint: "Provenance | None" = None
+    parts: dict[str, "Provenance"] = field(default_factory=dict)
 
     @property
     def origin(self) -> "Provenance":
@@ -55,11 +57,10 @@ class Provenance:
 
     def json(self) -> dict[str, Any]:
         """What provenance.json and a logged model's metadata hold: everything that is not empty."""
-        return {
-            name: value.json() if isinstance(value, Provenance) else value
-            for name, value in ((name, getattr(self, name)) for name in self.__dataclass_fields__)
-            if value or name == "files"
-        }
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        own["checkpoint"] = self.checkpoint.json() if self.checkpoint else None
+        own["parts"] = {name: part.json() for name, part in self.parts.items()}
+        return {name: value for name, value in own.items() if value or name == "files"}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -76,6 +77,7 @@ class Provenance:
         known = {name: record[name] for name in cls.__dataclass_fields__ if name in record}
         if known.get("checkpoint"):
             known["checkpoint"] = cls.of(known["checkpoint"])
+        known["parts"] = {name: cls.of(part) for name, part in known.get("parts", {}).items()}
         return cls(**known)
 
 

@@ -70,3 +70,8 @@ def true_name(target: dict[str, Any]) -> str:
         if target["accuracy_level"]:
             parts.append(f"acc-level-{target['accuracy_level']}")
     return "-".join(parts)
+
+
+def joined(targets: list[str]) -> str:
+    """The name of several targets that one model serves."""
+    return "_".join(targets)
