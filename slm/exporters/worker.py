@@ -84,10 +84,10 @@ def export(request: Request) -> Exported:
     gc.collect()
     target = request.target
     save = quantizer = None
-    if not (target.quantizer is Quantizer.builder and target.precision.bits):
-        quantizer = quantizer_of(request, maker)
-        save = partial(graph.write, quantizer=quantizer, said=say)
     with releasing_mapped(checkpoint):
+        if not (target.quantizer is Quantizer.builder and target.precision.bits):
+            quantizer = quantizer_of(request, maker)
+            save = partial(graph.write, quantizer=quantizer, said=say)
         MAKERS[maker](checkpoint, target, target.precision, onnx, save)
     rounded = require_kept(quantizer) if isinstance(quantizer, Grid) else []
     seconds = round(time.monotonic() - started - agreed.seconds, 1)
@@ -139,7 +139,8 @@ def quantizer_of(request: Request, maker: str) -> graph.Quantizer | None:
         return onnx
 
     rows, most = request.calibration, request.calibration_tokens
-    tokens = calibration_tokens(rows, checkpoint, most, draft, folder / "answers.json")
+    kept = folder / "answers.json"
+    tokens = calibration_tokens(rows, checkpoint, most, draft, kept, partial(say, 0, 0))
     decode = partial(Decoder, checkpoint, tokens, WINDOW)
     rounding = Rounding(bits, block_size, target.int8, target.quantizer is Quantizer.mse)
     if target.budget_mb or target.budget_bits:
