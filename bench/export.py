@@ -151,6 +151,7 @@ def measure(name: str, quantizer: Quantizer, limit_mb: int, layers: int, scratch
         calibration=read_calibration(TEXT) if quantizer.calibrates else [],
         calibration_tokens=TOKENS,
         calibrated=str(calibrated),
+        shared=str(scratch / "model.shared"),
     )
     mapped = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     # safetensors maps files privately, which Linux counts though they take no memory.

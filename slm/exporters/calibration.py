@@ -9,7 +9,6 @@ inputs. Each layer's result is a file of the folder, and a layer that has one is
 import contextlib
 import functools
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import nn
 
 from slm.exporters.decoder import Call, Decoder, Reached, output_of
 from slm.exporters.gptq import SWEEPS, Inputs, pack, round_weight, search_scales, unpack
+from slm.running.whole import in_one_motion
 
 # Of the moments' mean diagonal: how little a text may correct.
 CORRECTION_DAMPING = 0.05
@@ -275,6 +275,5 @@ class Saved:
         self.arrays |= {name + PACKED: rounded.packed, name + SCALES: rounded.scales}
 
     def write(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        save_file(self.arrays, partial)
-        os.replace(partial, self.path)
+        with in_one_motion(self.path) as partial:
+            save_file(self.arrays, partial)

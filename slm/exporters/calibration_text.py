@@ -24,6 +24,7 @@ from slm_pyfunc.parameters import Parameters
 
 # Sampled, since greedy answers of small models go round in circles; the seed makes them repeatable.
 SAMPLING = Parameters(max_tokens=192, temperature=0.8, top_p=0.9, seed=1)
+SPARE = 64  # tokens of a chat format that a conversation may have beside its messages
 TOGETHER = 4  # conversations: of 3.8 billion parameters, one's keys and values take 0.2 GB
 ROW = {
     "properties": {
@@ -82,9 +83,28 @@ def calibration_tokens(
     tokens: list[int] = []
     for text in ("\n\n".join(written), "\n".join(spoken)):
         tokens += tokenizer(text, add_special_tokens=False)["input_ids"][:share]
-    if len(tokens) < WINDOW:
-        raise InputError(
-            f"export.calibration has {len(tokens)} tokens; calibration reads windows of {WINDOW}, "
-            "and dozens of them are better."
-        )
+    require_window(len(tokens))
     return tokens
+
+
+def require_enough(rows: list[dict[str, Any]], checkpoint: Path) -> None:
+    """Raise InputError if the text is too short, whatever the model answers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokens = 0
+    for row in rows:
+        texts = [row["text"]] if "text" in row else [m["content"] for m in row["messages"]]
+        tokens += sum(len(tokenizer(text)["input_ids"]) for text in texts)
+        tokens += 0 if "text" in row else SAMPLING.max_tokens + SPARE
+        if tokens >= WINDOW:
+            return
+    require_window(tokens)
+
+
+def require_window(tokens: int) -> None:
+    if tokens < WINDOW:
+        raise InputError(
+            f"export.calibration has {tokens} tokens; calibration reads windows of {WINDOW}, and "
+            "dozens of them are better."
+        )
