@@ -118,6 +118,7 @@ def export(maker: Any, checkpoint: Path, quantizer: graph.Quantizer, folder: Pat
         (builder, "untied"),
         (builder, "head"),
         (mobius, "head"),
+        (mobius, "wide"),
     ],
 )
 def test_an_export_says_what_its_rounded_weights_say_in_torch(
@@ -132,11 +133,12 @@ def test_an_export_says_what_its_rounded_weights_say_in_torch(
     if kind == "phi3":
         checkpoint = write_as_phi3(tmp_path / "phi3", tiny)
     int8 = ["v_proj", "0.mlp.down_proj", *(["lm_head"] if kind == "head" else [])]
-    quantizer = calibrated(checkpoint, tmp_path / "calibrated", *int8)
+    block_size = 128 if kind == "wide" else 32  # of 64 inputs
+    quantizer = calibrated(checkpoint, tmp_path / "calibrated", *int8, block_size=block_size)
     runtime = export(maker, checkpoint, quantizer, tmp_path / "onnx")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     for path in quantizer.folder.glob("*.safetensors"):
-        saved = Saved(path, 32)
+        saved = Saved(path, block_size)
         for name in saved.names():
             module = model.get_submodule(name)
             module.weight = saved[name].weight(module.weight.shape[1])
