@@ -1,7 +1,6 @@
-"""A tracking server with MLflow's basic authentication, and a user of few rights."""
+"""A tracking server with MLflow's basic authentication, a user of few rights, and lost replies."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlflow
 import pytest
@@ -11,7 +10,7 @@ import steps.register
 from slm.errors import StepError
 from tests.conftest import Project, composed
 from tests.registry_state import CHAT, CHECKPOINT, PROMPT, state
-from tests.servers import Server
+from tests.servers import Lossy, Server
 from tests.tiny_models import evaluated
 
 ADMIN, USER = ("admin", "of-these-tests-1"), ("user", "of-these-tests-2")
@@ -25,8 +24,9 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 """
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    tmp_path = tmp_path_factory.mktemp("server")
     settings = tmp_path / "auth.ini"
     settings.write_text(SETTINGS.format(folder=tmp_path, admin=ADMIN))
     options = ["--app-name", "basic-auth", "--artifacts-destination", str(tmp_path / "artifacts")]
@@ -67,6 +67,24 @@ def test_who_may_edit_and_not_delete_is_told_so_and_chat_and_prompt_stay_togethe
     with pytest.raises(StepError, match=words):
         steps.register.register(second, settings, "second")
     assert state(Project(server.folder)) == before
+
+
+def test_a_version_is_made_once_though_the_registrys_reply_is_lost(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slm.registry.versions.prove", lambda *_, **__: None)
+    act_as(monkeypatch, *ADMIN)
+    mlflow.set_experiment("tests")
+    with Lossy(server, "model-versions/create", losses=2) as lossy:
+        mlflow.set_tracking_uri(lossy.address)
+        registration = steps.register.register(evaluated("lost"), composed().register, "lost")
+        mlflow.set_tracking_uri(server.address)
+        lossy.shutdown()
+    assert lossy.losses == 0
+    for made in registration.versions:
+        content = mlflow.MlflowClient().get_model_version(made.name, made.version).tags["content"]
+        found = mlflow.search_model_versions(filter_string=f"name = '{made.name}'")
+        assert [v.version for v in found if v.tags["content"] == content] == [int(made.version)]
 
 
 def act_as(monkeypatch: pytest.MonkeyPatch, name: str, password: str) -> None:
