@@ -1,6 +1,8 @@
 """A tracking server with MLflow's basic authentication, a user of few rights, and lost replies."""
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -8,10 +10,11 @@ from mlflow.server import get_app_client
 
 import steps.register
 from slm.errors import StepError
-from tests.conftest import Project, composed
+from slm.running.tracking import downloads, local_path
+from tests.conftest import TARGET, Project, composed
 from tests.registry_state import CHAT, CHECKPOINT, PROMPT, state
 from tests.servers import Lossy, Server
-from tests.tiny_models import evaluated
+from tests.tiny_models import evaluated, log_tiny
 
 ADMIN, USER = ("admin", "of-these-tests-1"), ("user", "of-these-tests-2")
 SETTINGS = """[mlflow]
@@ -84,7 +87,20 @@ def test_a_version_is_made_once_though_the_registrys_reply_is_lost(
     for made in registration.versions:
         content = mlflow.MlflowClient().get_model_version(made.name, made.version).tags["content"]
         found = mlflow.search_model_versions(filter_string=f"name = '{made.name}'")
-        assert [v.version for v in found if v.tags["content"] == content] == [int(made.version)]
+        assert [str(v.version) for v in found if v.tags["content"] == content] == [made.version]
+
+
+def test_what_is_downloaded_goes_with_the_process(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    act_as(monkeypatch, *ADMIN)
+    mlflow.set_experiment("tests")
+    folder = local_path(log_tiny("downloaded", "chat", TARGET).uri, "model_uri", "register")
+    assert (folder / "MLmodel").is_file() and folder.is_relative_to(downloads().name)
+    downloads().cleanup()
+    downloads.cache_clear()
+    assert not list(tmp_path.glob("*/MLmodel")) and not folder.exists()
 
 
 def act_as(monkeypatch: pytest.MonkeyPatch, name: str, password: str) -> None:
