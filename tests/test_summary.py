@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from slm.config import Config
+from slm.digests import Provenance
 from slm.errors import (
     NO_CREDENTIALS,
     InputError,
@@ -27,10 +28,14 @@ from slm.errors import (
     VerdictError,
     as_user_error,
 )
-from slm.records import RegisteredVersion, Registration
+from slm.evaluation import measure
+from slm.exporters import process, worker
+from slm.proof import prove
+from slm.records import LoggedModel, RegisteredVersion, Registration
 from slm.running import summary
 from slm.running.command import entry_point
 from slm.running.summary import Summary, note_step, post
+from tests.conftest import composed
 
 VERSION = RegisteredVersion("tiny-chat", "2", "champion")
 
@@ -87,6 +92,26 @@ def ended(
 def test_an_error_of_the_users_has_an_exit_code(error: BaseException, code: int) -> None:
     known = as_user_error(error)
     assert known is not None and known.exit_code == code
+
+
+def test_a_worker_that_is_killed_is_infrastructure_and_names_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    model = LoggedModel("models:/m-1", "n", "m", "chat", "0" * 64, Provenance({}))
+    config, scratch = composed(), str(tmp_path / "scratch")
+    asked = measure.request_of(measure.Inputs([], model, None, [], [], ""), config.evaluate)
+    export = worker.Request("", str(tmp_path), scratch, config.target, [], "", 0)
+    for work in (
+        lambda: process.run_worker(export),
+        lambda: measure.run_worker(model, asked, tmp_path),
+        lambda: prove([model.uri], python=str(python)),
+    ):
+        with pytest.raises(KilledError, match="lack of memory"):
+            work()
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,11 @@ def databricks_host(uri: str) -> str:
 
     The SDK asks the address of something when it reads its configuration, five minutes long.
     """
-    profile = urlsplit(uri).netloc
-    host = os.environ.get("DATABRICKS_HOST", "")
-    if profile or not host:
+    host = os.environ.get("DATABRICKS_HOST", "")  # before that of a profile
+    if not host:
         from databricks.sdk.config import Config as Databricks
 
+        profile = urlsplit(uri).netloc
         given = {"profile": profile} if profile else {}
         try:
             found = Databricks(
@@ -195,10 +195,15 @@ def mlflow_run(name: str, work: Path) -> Iterator[mlflow.ActiveRun]:
     run_id, own = os.environ.get("MLFLOW_RUN_ID"), uuid.uuid4().hex
     query = f"attributes.run_id = '{run_id}'" if run_id else f"tags.{RECORD} = '{own}'"
     with on_record(run_id or own, query, work):
+        started = {} if run_id else {"run_name": name, "tags": {RECORD: own}}
         try:
-            run = mlflow.start_run(
-                run_name=None if run_id else name, tags=None if run_id else {RECORD: own}
-            )
+            try:
+                run = mlflow.start_run(**started)
+            except MlflowException as error:
+                # MLflow 3.17 creates MLFLOW_EXPERIMENT_NAME if it is missing; another run just did.
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                run = mlflow.start_run(**started)
         except MlflowException as error:
             if run_id and "not found" in str(error):
                 raise InputError(
