@@ -65,8 +65,9 @@ def extra_options(target: Target) -> list[str]:
     A target that names no accuracy level has none, whoever quantizes it: left to itself, the
     builder (0.18) takes 4 for a CPU and WebGPU.
     """
-    level = {"accuracy_level": 0} if target.precision.bits else {}
-    options = {"windowed_kv_cache": False, **level, **target.builder_options}
+    options = {"windowed_kv_cache": False, **target.builder_options}
+    if target.precision.bits:
+        options.setdefault("accuracy_level", 0)
     return [f"{key}={str(value).lower()}" for key, value in options.items()]
 
 
