@@ -21,7 +21,7 @@ from mlflow.data.pandas_dataset import PandasDataset, from_pandas
 from mlflow.exceptions import MlflowException
 
 from slm.config import Baseline, Config, Interface
-from slm.errors import InputError, is_away, one_line
+from slm.errors import InputError
 from slm.evaluation.data import read_long_text, read_prompts, read_texts
 from slm.evaluation.gates import gates_of, judge
 from slm.evaluation.harness import require_harness
@@ -218,16 +218,7 @@ def publish(evaluation: Evaluation, reused: bool, inputs: Inputs, config: Config
     table = pd.DataFrame(sides).rename_axis("metric").reset_index()
     mlflow.log_table(table, "tables/metrics.json")
     if not reused:
-        try:
-            show_answers(evaluation.answers, inputs.candidates[0].model_id)
-        except MlflowException as error:  # of an older server, or one without traces
-            if is_away(one_line(error)):
-                raise
-            log.warning(
-                "evaluate: the tracking server takes no traces (%s): MLflow's evaluation page stays "
-                "empty, the answers are in the report",
-                one_line(error)[:200],
-            )
+        show_answers(evaluation.answers, inputs.candidates[0].model_id)
 
 
 def log_dataset(texts: PandasDataset) -> None:
