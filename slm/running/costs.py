@@ -42,7 +42,7 @@ def cost_of(step: str, size: Size, config: Config) -> Cost:
     per_weight = ONNX_BYTES.get(precision.bits or 0, FLOAT_BYTES.get(precision, 2.0))
     onnx, interfaces = weights * per_weight, len(config.log_pyfunc.interfaces)
     costs = {
-        "fetch": fetching(config.model.source, size),
+        "fetch": fetching(str(config.model.source), size),
         "export_onnx": exporting(config.target.quantizer, weights, onnx),
         "log_pyfunc": Cost(onnx * interfaces, LIBRARIES_GB + onnx, 6 + 15 * weights),
         "log_transformers": Cost(checkpoint, LIBRARIES_GB, 4 + 4 * checkpoint),
