@@ -126,6 +126,11 @@ def take_adapter(adapter: Source, model: Model, base: Source, folder: Path) -> P
             f"{where} is an adapter of PEFT's type {kind}; merged are those of LORA alone. Save "
             "what `model.merge_and_unload()` returns, and give that as model.source."
         )
+    if config.get("trainable_token_indices"):
+        raise InputError(
+            f"{where} trains single tokens (trainable_token_indices): merge it with PEFT, and give "
+            "the merged folder as model.source."
+        )
     require_base(config, base.pinned, where)
     place = adapter.take([ADAPTER_WEIGHTS], folder)
     for name in names:
@@ -169,14 +174,41 @@ class Merge:
         self.left = set(file.keys())  # of the adapter's tensors, those that nothing took
         self.rows = 0  # of the embedding, if the adapter changed how many
         self.model = injected(base, adapter, where)
-        self.adapted = dict(self.adapted_modules())
+        self.adapted = dict(self.modules("BaseTunerLayer"))
+        self.load()
 
-    def adapted_modules(self) -> Iterator[tuple[str, Any]]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
+    def modules(self, kind: str) -> Iterator[tuple[str, Any]]:
+        """PEFT's modules of a kind, by the name of what they stand for."""
+        from peft.tuners import tuners_utils
+        from peft.utils import other
 
+        known = getattr(tuners_utils, kind, None) or getattr(other, kind)
         for name, module in self.model.named_modules():
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, known):
                 yield name.removeprefix(PREFIX), module
+
+    def load(self) -> None:
+        """Give the adapter's modules their numbers, in float32 as PEFT has them."""
+        import torch
+        from peft.utils.save_and_load import set_peft_model_state_dict
+
+        for module in self.adapted.values():
+            for part, child in module.named_children():
+                if part != "base_layer":
+                    child.to_empty(device="cpu")
+        prefixes = tuple(f"{PREFIX}{name}." for name in self.adapted)
+        state = {key: self.file.get_tensor(key) for key in self.left if key.startswith(prefixes)}
+        self.left -= state.keys()
+        for name, wrapper in self.modules("ModulesToSaveWrapper"):  # read as they are written
+            for part, weight in wrapper.original_module.named_parameters():
+                state[f"{PREFIX}{name}.{part}"] = torch.empty_like(weight, device="meta")
+        try:
+            set_peft_model_state_dict(self.model, state, NAME)
+        except (RuntimeError, KeyError) as error:
+            raise InputError(
+                f"{self.where} does not fit its base: it is an adapter of another model, or "
+                f"damaged: {one_line(error)[:300]}"
+            ) from error
 
     def weights(self) -> Iterator[tuple[str, Any]]:
         """Every weight of the merged model by name, in the order of the base's names."""
@@ -233,27 +265,12 @@ class Merge:
 
     def merged(self, name: str) -> Iterator[tuple[str, Any]]:
         """The weights of one module, merged by PEFT."""
-        import torch
-        from peft.utils.save_and_load import set_peft_model_state_dict
-
         module = self.adapted[name]
         layer = module.get_base_layer()
-        parts = {part for part, _ in layer.named_parameters()}
+        parts = sorted(part for part, _ in layer.named_parameters())
         layer.load_state_dict({p: self.base_weight(f"{name}.{p}") for p in parts}, assign=True)
-        keys = {key for key in self.left if key.startswith(f"{PREFIX}{name}.")}
-        half = (torch.float16, torch.bfloat16)
-        state = {key: self.file.get_tensor(key) for key in keys}
-        state = {key: t.float() if t.dtype in half else t for key, t in state.items()}
-        try:
-            set_peft_model_state_dict(self.model, state, NAME, low_cpu_mem_usage=True)
-            module.merge(adapter_names=[NAME])
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            raise InputError(
-                f"{self.where} does not fit {name} of its base: it is an adapter of another model, "
-                f"or damaged: {one_line(error)[:300]}"
-            ) from error
-        self.left -= keys
-        yield from [(f"{name}.{part}", getattr(layer, part).data) for part in sorted(parts)]
+        module.merge(adapter_names=[NAME])
+        yield from [(f"{name}.{part}", getattr(layer, part).data) for part in parts]
         module.to("meta")
 
     def base_weight(self, name: str) -> Any:
