@@ -91,6 +91,27 @@ def test_a_missing_shard_is_named(checkpoint: Path, tmp_path: Path) -> None:
         fetched(checkpoint, tmp_path)
 
 
+def test_an_index_that_names_a_path_outside_the_folder_is_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "one.safetensors")
+    index = {"weight_map": {"a": "../../one.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"names \.\./\.\./one\.safetensors, which lies outside"):
+        fetched(checkpoint, tmp_path)
+
+
+def test_an_architecture_that_is_its_own_code_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"architectures": ["EvilForCausalLM"], "model_type": "evil"}
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.EvilForCausalLM"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match="comes as code of its own, modeling_evil, which is not ex"
+    ):
+        fetched(checkpoint, tmp_path)
+
+
 def test_another_digest_than_expected_stops_the_run(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json: SHA-256 is .*; expected 00"):
         fetched(checkpoint, tmp_path, sha256={"config.json": "00"})

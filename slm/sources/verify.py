@@ -187,6 +187,7 @@ def place_description(
     place_files(folder, [name for name in names if not is_weights(name)], model, checkpoint)
     if beside:
         lay_over(beside, checkpoint)
+    require_no_code(checkpoint, model)
     leave_code_behind(checkpoint)
     require_described(checkpoint, model)
 
@@ -224,6 +225,21 @@ def leave_code_behind(checkpoint: Path) -> None:
         if config.pop("auto_map", None):
             log.info("%s: its reference to Python code (auto_map) is left behind", path.name)
             write_json(path, config)
+
+
+def require_no_code(checkpoint: Path, model: Model) -> None:
+    """Raise if the architecture is known by Python files of the checkpoint alone."""
+    path = checkpoint / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    code = (config.get("auto_map") or {}).get("AutoModelForCausalLM")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if code and architecture_of(config) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise InputError(
+            f"{model.source}: the architecture {architecture_of(config)} comes as code of its own, "
+            f"{str(code).rpartition('.')[0]}, which is not executed. Take a model whose "
+            "architecture transformers has."
+        )
 
 
 def require_described(checkpoint: Path, model: Model) -> None:

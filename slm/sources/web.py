@@ -15,7 +15,7 @@ log = logging.getLogger("slm.sources")
 
 TRIES = 5  # of a download that breaks off; each goes on where the last one was
 TIMEOUT_S = 60
-PIECE = 1 << 20  # bytes
+PIECE = 1 << 16  # bytes; of a piece that breaks off, nothing is kept
 
 
 class Web:
