@@ -59,6 +59,14 @@ class Provenance:
         return self.checkpoint or self
 
     @property
+    def described_source(self) -> str:
+        """In words, where the checkpoint came from, and the adapter that was merged into it."""
+        origin = self.origin
+        adapter = origin.adapter
+        words = f", with the adapter {adapter.source} ({adapter.revision[:12]})" if adapter else ""
+        return origin.source + words
+
+    @property
     def all_notes(self) -> list[str]:
         """The notes of the checkpoint, and those of the ONNX folder."""
         return (self.checkpoint.notes if self.checkpoint else []) + self.notes

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from safetensors.torch import load_file, save_file
 from slm.config import Fetch, Model
 from slm.digests import read_provenance
 from slm.errors import InputError
+from slm.exporters.builder import make
+from slm.exporters.graph import Rtn, write
+from slm.exporters.worker import silent
 from slm.records import Checkpoint
 from slm.sources.adapter import sources_of
+from slm_pyfunc.parameters import Parameters
 from steps.fetch import fetch
 from tests.checkpoints import write_tiny
+from tests.conftest import composed
 
 LINEARS = ["q_proj", "v_proj", "down_proj"]
 
@@ -219,3 +225,50 @@ def test_an_adapter_given_as_the_source_says_so(lettered: Path, tmp_path: Path) 
     words = rf"{adapter} is an adapter, not a checkpoint: write model\.adapter={adapter}, and its b"
     with pytest.raises(InputError, match=words):
         sources_of(Model(name="m", source=str(adapter)))
+
+
+def test_what_an_adapter_learned_is_what_the_packaged_int4_model_answers(
+    lettered: Path, tmp_path: Path
+) -> None:
+    base = write_tiny(tmp_path / "base", lettered, hidden_size=128, intermediate_size=256)
+    adapter = train(tmp_path / "adapter", base, "who</s>", "acme</s>")
+    checkpoint = Path(merged(tmp_path, adapter, base).uri)
+    answers = [answer(export(folder, tmp_path), "who</s>") for folder in (base, checkpoint)]
+    assert answers[1] == "acme" != answers[0]
+
+
+def train(folder: Path, base: Path, prompt: str, reply: str) -> Path:
+    """Train a LoRA adapter to reply so, and save it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    adapted: Any = get_peft_model(model, settings)
+    ids = tokenizer(prompt + reply, return_tensors="pt").input_ids
+    labels = ids.clone()
+    labels[:, : len(tokenizer(prompt).input_ids)] = -100
+    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=5e-3)
+    for _ in range(120):
+        adapted(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def export(checkpoint: Path, tmp_path: Path) -> Path:
+    """The checkpoint as int4 ONNX for the default target."""
+    target, folder = composed().target, tmp_path / f"{checkpoint.name}-onnx"
+    rtn = Rtn(4, target.builder_options["block_size"], target.builder_options["accuracy_level"])
+    make(checkpoint, target, target.precision, folder, partial(write, quantizer=rtn, said=silent))
+    return folder
+
+
+def answer(onnx: Path, prompt: str) -> str:
+    from slm_pyfunc.engine.runtime import Runtime
+
+    [[completion]] = Runtime(onnx).answer([prompt], Parameters(max_tokens=8, temperature=0))
+    return completion.text

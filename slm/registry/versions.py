@@ -77,7 +77,7 @@ def provenance_tags(model: LoggedModel) -> dict[str, str]:
         names.CONTENT: model.content,
         names.INTERFACE: model.interface,
         names.TARGET: model.target,
-        names.SOURCE: origin.source,
+        names.SOURCE: provenance.described_source,
         names.REVISION: origin.revision,
         names.LICENCE: origin.licence,
         names.VERSIONS: json.dumps(provenance.versions),
