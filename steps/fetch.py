@@ -8,12 +8,12 @@
 Nothing that came with a checkpoint is executed (slm/sources/verify.py).
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from slm.config import Config, Fetch, Model
-from slm.digests import Provenance, size_mb, write_provenance
+from slm.digests import PROVENANCE, Provenance, size_mb, write_provenance
 from slm.records import Checkpoint
 from slm.running.command import entry_point
 from slm.running.lineage import link_training
@@ -46,7 +46,8 @@ def fetch(
     if adapter is None:
         declared, merged = bring(source, model, checkpoint, permit), None
     else:
-        declared, merged = bring_merged(source, adapter, model, checkpoint, permit)
+        own = partial(permit, model=replace(model, licence=None), where=str(model.adapter))
+        declared, merged = bring_merged(source, adapter, model, checkpoint, permit, own)
     require_described(checkpoint, model)
     ties = require_weights(checkpoint, where)
     notes = mend(checkpoint, where, ties, declared.turn_end)
@@ -96,8 +97,12 @@ def main(config: Config) -> Checkpoint:
         make=lambda folder: fetch(model, source, folder, config.fetch, adapter),
     )
     # What is reused was fetched when other licences were allowed.
-    known = None if outcome.licence == "unknown" else outcome.licence
-    require_licence(known, model=model, settings=config.fetch, where=outcome.source)
+    licence = None if outcome.licence == "unknown" else outcome.licence
+    require_licence(licence, model=model, settings=config.fetch, where=outcome.source)
+    recorded = Provenance.of(read_json(Path(outcome.uri) / PROVENANCE)).adapter
+    if recorded and recorded.licence:
+        own = replace(model, licence=None)
+        require_licence(recorded.licence, model=own, settings=config.fetch, where=recorded.source)
     return outcome
 
 

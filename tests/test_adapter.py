@@ -270,5 +270,5 @@ def export(checkpoint: Path, tmp_path: Path) -> Path:
 def answer(onnx: Path, prompt: str) -> str:
     from slm_pyfunc.engine.runtime import Runtime
 
-    [[completion]] = Runtime(onnx).answer([prompt], Parameters(max_tokens=8, temperature=0))
+    [[completion]] = Runtime(onnx).answer([prompt], Parameters(max_tokens=4, temperature=0))
     return completion.text

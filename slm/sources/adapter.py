@@ -54,12 +54,20 @@ def sources_of(model: Model) -> tuple[Model, Source, Source | None]:
 
 
 def bring_merged(
-    source: Source, adapter: Source, model: Model, checkpoint: Path, permit: Permit
+    source: Source,
+    adapter: Source,
+    model: Model,
+    checkpoint: Path,
+    permit: Permit,
+    permit_adapter: Permit,
 ) -> tuple[Declared, Provenance]:
-    """Bring a base and an adapter, and merge them; return also where the adapter came from."""
+    """Bring a base and an adapter, and merge them; return also where the adapter came from.
+
+    An adapter that states no licence is taken to have its base's.
+    """
     where = str(model.adapter)
     if licence := adapter.licence():
-        permit(licence)
+        permit_adapter(licence)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
         taken = take_adapter(adapter, model, source, Path(scratch) / "adapter")
         files = digest_files(taken)

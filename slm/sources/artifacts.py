@@ -183,7 +183,7 @@ def explained(shown: str) -> Iterator[None]:
     """Errors of any store's client in words that name the cure; a fault of ours stays one."""
     try:
         yield
-    except (UserError, AttributeError, TypeError, NameError):
+    except (UserError, AttributeError, KeyError, NameError, TypeError):
         raise
     except ImportError as error:
         packages = CLIENTS.get(shown.partition(":")[0], str(error.name))

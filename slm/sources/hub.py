@@ -12,6 +12,8 @@ from slm.config import Model
 from slm.errors import InputError, UnreachableError, UserError, one_line
 from slm.sources.gguf import template_beside
 from slm.sources.verify import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     INDEX,
     WANTED,
     WHOLE,
@@ -141,7 +143,7 @@ class Hub:
                 snapshot_download(
                     self.name,
                     revision=self.revision,
-                    allow_patterns=[self.file] if self.file else list(WANTED),
+                    allow_patterns=[self.file] if self.file else [*WANTED, ADAPTER_CONFIG],
                     local_files_only=True,
                 )
             )
@@ -149,6 +151,9 @@ class Hub:
             return None
         if self.file:
             return folder if (folder / self.file).is_file() else None
+        if self.uri == self.model.adapter:
+            needed = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+            return folder if all((folder / name).is_file() for name in needed) else None
         index = folder / INDEX
         weights = {WHOLE}
         if index.is_file() and not (folder / WHOLE).is_file():

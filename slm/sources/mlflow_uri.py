@@ -4,6 +4,7 @@ An alias is resolved to its version. Whatever was logged is looked up at `model.
 `model.registry_uri`, else where this project's own runs go; credentials are MLflow's own.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,12 @@ import yaml
 from slm.config import Model
 from slm.errors import InputError
 from slm.redaction import redacted
-from slm.running.tracking import absolute_uri
+from slm.running.tracking import absolute_uri, environment
 from slm.sources.artifacts import Artifacts, explained
 from slm.sources.remote import Found, Store
 
+# MLflow's client tries a server that is away for minutes.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 FORMS = (
     "models:/name/version",
     "models:/name@alias",
@@ -52,7 +55,10 @@ def find(uri: str, model: Model) -> Found | None:
     other = model.registry_uri or model.tracking_uri
     registry = absolute_uri(other) if other else mlflow.get_registry_uri()
     client = MlflowClient(tracking_uri=tracking, registry_uri=registry)
-    with explained(uri):
+    with (
+        explained(uri),
+        environment({name: os.environ.get(name, value) for name, value in PATIENCE.items()}),
+    ):
         logged = LOOKUPS[scheme](client, rest.strip("/"), uri, registry)
     # What MLflow logged as a model is not written to again.
     otherwise = logged.model_id or (logged.pinned if uri.startswith("models:") else "")
