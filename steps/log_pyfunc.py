@@ -36,6 +36,7 @@ from slm.errors import InputError, StepError
 from slm.proof import prove
 from slm.records import ANY, LoggedModel, LoggedModels
 from slm.running.command import entry_point
+from slm.running.lineage import link_training, training_tags
 from slm.running.links import copies_as_links
 from slm.running.run import run_step
 from slm.running.tracking import local_path, logged_model_exists, shown_tracking_uri
@@ -135,6 +136,7 @@ def log_interface(
                 "model": packaging.model,
                 "target": target,
                 "interface": interface.value,
+                **training_tags(provenance),
             },
         )
     return model.stored_as(logged.model_uri)
@@ -252,6 +254,7 @@ def main(config: Config) -> LoggedModels:
             "tracking": shown_tracking_uri(),
         },
         make=make,
+        publish=lambda *_: link_training(provenance),
         still_there=all_exist,
     )
 

@@ -21,13 +21,14 @@ from mlflow.utils.databricks_utils import get_databricks_host_creds
 from omegaconf import OmegaConf
 
 from slm.config import ROOT, Config
-from slm.errors import StepError, ToldError, UserError, is_away
+from slm.errors import InfrastructureError, StepError, ToldError, UserError, is_away
 from slm.evaluation.summary import show
 from slm.records import from_json
 from slm.redaction import redacted
 from slm.registry.kinds import require_registry
 from slm.running.chain import Link, is_of_target, kept, of_first_target, of_target, pipeline
 from slm.running.command import entry_point
+from slm.running.killed import was_killed
 from slm.running.run import Ask
 from slm.running.summary import note_step
 from slm.running.tracking import mlflow_run, store_variables
@@ -61,7 +62,7 @@ class Chain:
     def run(self, link: Link) -> None:
         """Run a step, or reuse its outcome; ToldError with the step's own error if it fails.
 
-        StepError if it fails without a word: if it was killed, say.
+        InfrastructureError if it was killed, StepError if it fails without a word otherwise.
         """
         log.info("main: step %d of %d: %s", len(self.children) + 1, len(self.links), link.name)
         start = time.monotonic()
@@ -125,6 +126,12 @@ class Chain:
             if reason := tags.get("error"):
                 code = int(tags.get("exit_code", StepError.exit_code))
                 raise ToldError(f"{step} failed: {reason}", code) from error
+            if children and was_killed(children[0], work_folder(self.config.paths.work)):
+                raise InfrastructureError(
+                    f"{step} ended without a word: it was killed, most likely for lack of memory "
+                    "(`-e plan` says what it takes), or its tracking server went away. Run it "
+                    "again."
+                ) from error
             raise StepError(f"{step} failed: {error}") from error
 
 

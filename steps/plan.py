@@ -27,7 +27,7 @@ from slm.running.run import Ask
 from slm.running.summary import note
 from slm.running.work import NotKept, records, work_folder
 from slm.seal import require_key_to_sign
-from slm.sources.resolve import resolve
+from slm.sources.adapter import sources_of
 from slm.sources.weights import read_tensors
 
 REUSED, RUNS, MAY_RUN = "reused", "runs", "may run"
@@ -112,13 +112,13 @@ def costing(step: str, config: Config, size: Size | None) -> tuple[Cost, str]:
 def size_of(config: Config, checkpoint: Checkpoint | None) -> Size | None:
     """The model's size: of the checkpoint, else as conf/ or its source says; None if none does."""
     if checkpoint is not None:
-        tensors = read_tensors(Path(checkpoint.uri), config.model.source).values()
+        tensors = read_tensors(Path(checkpoint.uri), checkpoint.source).values()
         return Size(sum(tensor.size for tensor in tensors) / 1e9, checkpoint.size_mb / 1e3)
-    source, parameters = config.model.source, config.model.parameters
+    source, parameters = config.model.source or "", config.model.parameters
     stored = 4 if source.endswith(".gguf") else 2  # bytes: dequantized to float32, or in bfloat16
     if parameters:
         return Size(parameters / 1e9, stored * parameters / 1e9)
-    checkpoint_gb = resolve(config.model).weights_gb()
+    checkpoint_gb = sources_of(config.model)[1].weights_gb()
     return None if checkpoint_gb is None else Size(checkpoint_gb / stored, checkpoint_gb)
 
 

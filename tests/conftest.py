@@ -36,7 +36,7 @@ from slm.records import (
 )
 from slm.running.command import heed_another_source, split_overrides
 from slm.seal import verifier_requirements
-from tests.checkpoints import write_as_phi3, write_tiny
+from tests.checkpoints import write_as_phi3, write_tiny, write_tokenizer
 
 if TYPE_CHECKING:
     from tests.databricks import Workspace
@@ -265,6 +265,14 @@ def folder_of(project: Project, model: LoggedModel) -> Path:
 def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a few MB with random weights, for tests that do not depend on them."""
     return write_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint", smollm2)
+
+
+@pytest.fixture(scope="session")
+def lettered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights and a tokenizer of letters, which needs no other model."""
+    folder = tmp_path_factory.mktemp("lettered")
+    (folder / "tokenizer").mkdir()
+    return write_tiny(folder / "checkpoint", write_tokenizer(folder / "tokenizer"))
 
 
 @pytest.fixture(scope="session")

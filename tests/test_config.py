@@ -35,7 +35,7 @@ def test_a_model_or_target_is_a_short_yaml_file(file: Path) -> None:
 @pytest.mark.parametrize("file", sorted((CONF / "model").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_model_pins_what_it_fetches(file: Path) -> None:
     source = chosen("model", file.stem).model.source
-    assert re.search(r"@[0-9a-f]{40}$|==[\d.]+/", source)
+    assert re.search(r"@[0-9a-f]{40}$|==[\d.]+/", source or "")
 
 
 def test_mlflow_takes_every_models_and_targets_name(project: Project) -> None:

@@ -14,6 +14,7 @@ FOLDERS = ("bench", "conf", "data", "docs", "slm", "slm_pyfunc", "steps", "tests
 GROUPS = (
     "model",
     "target",
+    "fetch",
     "log_pyfunc",
     "evaluate",
     "register",
