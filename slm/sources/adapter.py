@@ -37,7 +37,7 @@ from slm.sources.weights import Tensor, listed, quiet_transformers, read_tensors
 
 log = logging.getLogger("slm.sources")
 
-SHARD_BYTES = 256 << 20
+SHARD_BYTES = 128 << 20  # twice in memory while a shard is written
 PREFIX = "base_model.model."  # of the names in an adapter's file
 NAME = "default"  # what PEFT calls the adapter
 HUB_NAME = r"[\w.-]+/[\w.-]+"
