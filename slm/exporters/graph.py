@@ -136,7 +136,7 @@ def write(
                     quantize_product(model, product, quantizer, data)
                 said(written, total, product.name)
             remove_unused(graph)
-        values = [value for value in graph.initializers.values() if not is_written(value)]
+        values = [value for value in graph.initializers.values() if not is_in(data_path, value)]
         for left, value in zip(reversed(range(len(values))), values, strict=True):
             with naming(str(value.name), data_path):
                 value.const_value = stored(value.const_value, data)
@@ -353,8 +353,10 @@ def stored(tensor: ir.TensorProtocol | None, data: BinaryIO) -> ir.TensorProtoco
     )
 
 
-def is_written(value: ir.Value) -> bool:
-    return isinstance(value.const_value, ir.ExternalTensor)
+def is_in(data_path: Path, value: ir.Value) -> bool:
+    """Whether a tensor is written already, and not in a file that it is read from."""
+    tensor = value.const_value
+    return isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) == data_path
 
 
 def remove_unused(graph: ir.Graph) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from slm.config import ExecutionProvider, Precision, Target
+from slm.sources.verify import context_length_of
 from slm.sources.weights import weight_files
 from slm_pyfunc.engine.batch_decoder import BatchDecoder
 from slm_pyfunc.engine.cores import available_cores
-from slm_pyfunc.engine.decoder import PROMPT_PIECE, has_longrope
+from slm_pyfunc.engine.decoder import PROMPT_PIECE, runs_alone
 from slm_pyfunc.engine.generator_decoder import GeneratorDecoder
 from slm_pyfunc.engine.sampling import log_softmax
 
@@ -90,7 +91,7 @@ def write_twin(checkpoint: Path, folder: Path, text: str, most: int) -> Twin:
     whole, count = known.to_dict(), known.num_hidden_layers
     layers = layers_of_each_kind(whole, count)
     lengths = special_lengths(whole)
-    context = whole.get("max_position_embeddings") or most
+    context = context_length_of(known)
     reached = [length for length in lengths.values() if length + PAST <= most]
     wanted = min(context, most, max(LEAST, max(reached, default=0) + 4 * PAST))
     ids = AutoTokenizer.from_pretrained(checkpoint)(text, add_special_tokens=False)["input_ids"]
@@ -171,7 +172,7 @@ def open_decoder(graph: Path) -> Any:
     """What serves such a folder on a CPU."""
     genai_config = json.loads((graph / "genai_config.json").read_text())
     threads = available_cores()
-    if has_longrope(genai_config):
+    if runs_alone(genai_config):
         return GeneratorDecoder(graph, genai_config, "cpu", threads, 0)
     return BatchDecoder(graph, genai_config, threads, 1, 0)
 
@@ -217,7 +218,9 @@ def special_lengths(config: dict[str, Any], prefix: str = "") -> dict[str, int]:
     for key, value in config.items():
         if isinstance(value, dict):
             found |= special_lengths(value, f"{prefix}{key}.")
-        elif type(value) is int and re.search(r"(window|chunk_size|position_embeddings)$", key):
+        elif type(value) is int and re.search(
+            r"(window(_size)?|chunk_size|position_embeddings)$", key
+        ):
             found[prefix + key] = value
     context = found.pop("max_position_embeddings", None)
     return {key: value for key, value in found.items() if context is None or value < context}

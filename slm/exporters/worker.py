@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm.config import WINDOW, ExecutionProvider, Precision, Quantizer, Target
+from slm.config import WINDOW, ExecutionProvider, Graph, Precision, Quantizer, Target
 from slm.errors import InputError, StepError, one_line, words_for
-from slm.exporters import builder, graph, mobius, parity
+from slm.exporters import builder, graph, mobius, optimum, parity
 from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
 from slm.records import from_json
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from slm.exporters.calibration import Rounding
     from slm.exporters.decoder import Decoder
 
-MAKERS = {"genai": builder.make, "mobius": mobius.make}
+MAKERS = {"genai": builder.make, "mobius": mobius.make, "optimum": optimum.make}
 MIXED = "mixed.json"  # beside the calibrated layers: the linears that a budget was shared among
 MARK = "@progress "  # begins the lines that the parent reads
 
@@ -236,8 +236,10 @@ def refusal(checkpoint: Path, makers: list[str], refused: dict[str, str], compar
     special = parity.special_settings(config)
     has = f" Its config.json has {', '.join(special)}." if special else ""
     tried = "; ".join(f"{maker}: {why.rstrip('.')}" for maker, why in refused.items())
-    others = [name for name in MAKERS if name not in makers]
-    cure = f" Try export.graph=auto, which also asks {', '.join(others)}." if others else ""
+    others = [name for name in Graph.auto.makers if name not in makers]
+    cure = " Try export.graph=optimum, which makes an environment of its own."
+    if others:
+        cure = f" Try export.graph=auto, which also asks {', '.join(others)}."
     name = config["architectures"][0]
     words = f"no graph of {name} means what its checkpoint means"
     if not compared:
