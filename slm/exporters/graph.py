@@ -332,8 +332,8 @@ def stored(tensor: ir.TensorProtocol | None, data: BinaryIO) -> ir.TensorProtoco
     Small ones stay in the graph: onnxruntime has to read shapes and axes before it opens the file.
     """
     assert tensor is not None
-    if tensor.nbytes < SMALL:
-        return tensor
+    if tensor.nbytes < SMALL:  # may be in a file that the graph does not keep
+        return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
     alignment = LARGE_ALIGNMENT if tensor.nbytes > LARGE else ALIGNMENT
     data.seek(-(-data.tell() // alignment) * alignment)
     offset = data.tell()
