@@ -18,10 +18,11 @@ from slm.config import Graph
 from slm.errors import StepError
 from slm.exporters import graph, optimum
 from slm.exporters.gptq import unpack
+from slm.exporters.parity import write_twin
 from slm.exporters.worker import silent
 from slm_pyfunc.engine.runtime import Runtime
 from slm_pyfunc.parameters import Parameters
-from tests.checkpoints import write_tokenizer
+from tests.checkpoints import write_tiny, write_tokenizer
 from tests.conftest import Project, composed, tracking
 
 WIDTH, HEADS, LAYERS, CONTEXT = 64, 4, 2, 512
@@ -176,7 +177,7 @@ def test_a_run_that_fails_is_one_line_and_its_log_an_artifact(
     monkeypatch.setattr(optimum, "environment_of", lambda *_: Path(sys.executable))
     with tracking(project), mlflow.start_run() as parent:
         monkeypatch.setenv("MLFLOW_RUN_ID", parent.info.run_id)
-        words = r"cannot export it: ModuleNotFoundError: No module named 'optimum\S*'. All that"
+        words = r"^ModuleNotFoundError: No module named 'optimum\S*'. All that"
         with pytest.raises(StepError, match=words) as raised:
             optimum.run_project(tmp_path, tmp_path / "out")
     [child] = project.runs("optimum")
@@ -190,6 +191,18 @@ def test_optimum_is_refused_where_its_graphs_cannot_be_served(target: str, tmp_p
     wanted = composed(f"target={target}").target
     with pytest.raises(StepError, match="in float32 for the CPU alone; the target is "):
         optimum.make(tmp_path, wanted, wanted.precision, tmp_path / "onnx", lambda *_: None)
+
+
+def test_a_twin_of_gpt_neo_says_of_its_own_layers_which_have_windows(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    whole = [[["global", "local"], 2]]
+    own = {"num_layers": 4, "num_heads": 4, "window_size": 96, "attention_types": whole}
+    neo = write_tiny(tmp_path / "neo", checkpoint, "GPTNeo", **own)
+    twin = write_twin(neo, tmp_path / "twin", "the quick brown fox " * 8, 8192)
+    config = json.loads((twin.folder / "config.json").read_text())
+    assert twin.lengths == {"window_size": 96} and len(twin.tokens) >= 96
+    assert config["attention_types"] == [[["global"], 1], [["local"], 1]]
 
 
 def test_auto_asks_no_maker_that_needs_an_environment() -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ GPT2_SHAPE = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048}
 TURNED = {**GPT2_SHAPE, "rotary_dim": 8}
 LINEAR = {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}
 GPT_NEO = {
-    "num_layers": 2,
+    "num_layers": 4,  # of which the twin has two
     "num_heads": 4,
-    "attention_types": [[["global", "local"], 1]],
+    "attention_types": [[["global", "local"], 2]],
     "window_size": 96,
 }
 # By prefix of transformers' classes, beside TINY_SHAPE. The same table stands in
@@ -98,6 +99,13 @@ def test_an_architecture_that_the_others_lack_is_packaged_and_answers(
     assert answer["usage"]["completion_tokens"] > 0
 
 
+def exporting(folder: Path) -> list[psutil.Process]:
+    """The processes of optimum that work in a folder."""
+    found = psutil.process_iter(["cmdline"])
+    lines = [(process, process.info["cmdline"] or []) for process in found]
+    return [p for p, line in lines if "export.py" in line and str(folder) in " ".join(line)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_what_optimum_runs_ends_with_the_step(
     number: int, tokenizer: Path, project: Project, tmp_path: Path
@@ -106,13 +114,13 @@ def test_what_optimum_runs_ends_with_the_step(
     command = [sys.executable, "-m", "steps.export_onnx", "export.graph=optimum"]
     command += [f"source={checkpoint}"]
     environment = {**project.environment, "MLFLOW_ENV_ROOT": MLFLOW_ENV_ROOT.get()}
-    step = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    own = psutil.Process(step.pid)
-    nested: list[psutil.Process] = []
+    heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # in a job as well
+    step = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=heeded
+    )
     until = time.monotonic() + 120
-    while not nested and time.monotonic() < until:
-        nested = [p for p in own.children(recursive=True) if "export.py" in p.cmdline()]
-        time.sleep(0.05)
+    while not (nested := exporting(project.folder)) and time.monotonic() < until:
+        time.sleep(0.1)
     assert nested
     if number == signal.SIGINT:
         os.killpg(step.pid, number)  # as a terminal sends it

@@ -53,6 +53,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen2": {"max_window_layers": 1, "use_sliding_window": True, "sliding_window": None},
     "Gemma2": {"head_dim": 16, "sliding_window": 64},
     "Gemma3Text": {"head_dim": 16, "sliding_window": 64},
+    "GPT2": {},  # which has names of its own for the shape, the context length among them
 }
 # Who makes a graph that means the same, with export.graph=auto; nobody is a refusal. The same table
 # stands in docs/targets-and-models.md. What is missing no configuration of transformers can say.
@@ -64,6 +65,7 @@ EXPECTED = {
     "Qwen2": f"plain genai, window genai, {ROPES}",
     "Gemma2": "plain genai, linear genai, yarn, dynamic genai, llama3 genai, longrope",
     "Gemma3Text": "plain genai",
+    "GPT2": "plain mobius",
 }
 CASES = [
     (architecture, *f"{case} ".split(" ")[:2])

@@ -111,8 +111,7 @@ def run_project(checkpoint: Path, out: Path) -> None:
             mlflow.run(str(PROJECT), parameters=parameters, env_manager="local", run_id=run_id)
     except ExecutionException as error:
         raise StepError(
-            f"optimum cannot export it: {last_words(log)} All that it said is {LOG} of the MLflow "
-            f"run {run_id}."
+            f"{last_words(log)} All that it said is {LOG} of the MLflow run {run_id}."
         ) from error
     finally:
         if log.is_file():

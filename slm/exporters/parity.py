@@ -116,6 +116,8 @@ def write_twin(checkpoint: Path, folder: Path, text: str, most: int) -> Twin:
         elif re.fullmatch(r"(bos|eos|pad|unk)_token_id", key):
             own = [row_of[token] for token in as_list(value) if token in row_of]
             config[key] = own if isinstance(value, list) else next(iter(own), None)
+    if "attention_types" in config:  # GPT-Neo's way to say attention_layers
+        config["attention_types"] = [[[kind], 1] for kind in known.attention_layers[:layers]]
     own_names = type(known).attribute_map  # GPT-2's num_hidden_layers is n_layer
     config |= {own_names.get("num_hidden_layers", "num_hidden_layers"): layers}
     config["vocab_size"] = len(rows)

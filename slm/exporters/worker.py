@@ -23,7 +23,7 @@ from slm.exporters import builder, graph, mobius, optimum, parity
 from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
 from slm.records import from_json
-from slm.running.memory import peak_rss_mb, releasing_mapped
+from slm.running.memory import peak_with_children_mb, releasing_mapped
 from slm.running.orphans import end_with_parent
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def export(request: Request) -> Exported:
     seconds = round(time.monotonic() - started - agreed.seconds, 1)
     mixed = Path(request.calibrated) / MIXED
     linears = json.loads(mixed.read_text()) if mixed.is_file() else {}
-    peak_mb = round(peak_rss_mb(), 1)
+    peak_mb = peak_with_children_mb()
     return Exported(maker, agreed, refused, seconds, peak_mb, rounded, linears)
 
 
