@@ -197,7 +197,7 @@ def test_a_twin_of_gpt_neo_says_of_its_own_layers_which_have_windows(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     whole = [[["global", "local"], 2]]
-    own = {"num_layers": 4, "num_heads": 4, "window_size": 96, "attention_types": whole}
+    own = {"num_layers": 4, "num_hidden_layers": 4, "window_size": 96, "attention_types": whole}
     neo = write_tiny(tmp_path / "neo", checkpoint, "GPTNeo", **own)
     twin = write_twin(neo, tmp_path / "twin", "the quick brown fox " * 8, 8192)
     config = json.loads((twin.folder / "config.json").read_text())

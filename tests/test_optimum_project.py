@@ -30,6 +30,7 @@ TURNED = {**GPT2_SHAPE, "rotary_dim": 8}
 LINEAR = {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}
 GPT_NEO = {
     "num_layers": 4,  # of which the twin has two
+    "num_hidden_layers": 4,
     "num_heads": 4,
     "attention_types": [[["global", "local"], 2]],
     "window_size": 96,

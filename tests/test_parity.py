@@ -53,7 +53,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen2": {"max_window_layers": 1, "use_sliding_window": True, "sliding_window": None},
     "Gemma2": {"head_dim": 16, "sliding_window": 64},
     "Gemma3Text": {"head_dim": 16, "sliding_window": 64},
-    "GPT2": {},  # which has names of its own for the shape, the context length among them
+    # Has names of its own for the shape, the context length among them, and no key for these two.
+    "GPT2": {"num_key_value_heads": 4, "intermediate_size": 256},
 }
 # Who makes a graph that means the same, with export.graph=auto; nobody is a refusal. The same table
 # stands in docs/targets-and-models.md. What is missing no configuration of transformers can say.

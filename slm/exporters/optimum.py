@@ -102,8 +102,7 @@ def run_project(checkpoint: Path, out: Path) -> None:
         tags[MLFLOW_PARENT_RUN_ID] = parent_id
     log = out.with_name(LOG)
     out.parent.mkdir(parents=True, exist_ok=True)
-    bin = python().parent
-    own = {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""}
+    own = {"PATH": f"{python().parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""}
     run_id = client.create_run(experiment, tags=tags).info.run_id
     parameters = {"checkpoint": str(checkpoint), "out": str(out), "log": str(log)}
     try:
@@ -116,6 +115,7 @@ def run_project(checkpoint: Path, out: Path) -> None:
     finally:
         if log.is_file():
             client.log_artifact(run_id, str(log))
+            log.unlink()
 
 
 def last_words(log: Path) -> str:
@@ -186,14 +186,12 @@ def write_genai_config(checkpoint: Path, graph: "ir.Graph", folder: Path) -> Non
 
     config = AutoConfig.from_pretrained(checkpoint)
     given = {str(value.name): value for value in graph.inputs}
-    [logits] = [value for value in graph.outputs if value.name == "logits"]
     caches = [PAST["past_key_names"] % layer for layer in range(config.num_hidden_layers)]
     if missing := [name for name in caches if name not in given]:
         raise StepError(f"optimum's graph has no {missing[0]}: its cache is of another kind.")
     shape = given[caches[0]].shape
     if shape is None or len(shape) != 4 or not all(isinstance(shape[i], int) for i in (1, 3)):
         raise StepError(f"optimum's graph keeps keys as {shape}, not by heads.")
-    assert logits.shape is not None
     context = context_length_of(config)
     tokens = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")}
     decoder: dict[str, Any] = {
