@@ -19,6 +19,7 @@ from slm.errors import StepError
 from slm.exporters import graph, optimum
 from slm.exporters.gptq import unpack
 from slm.exporters.parity import write_twin
+from slm.exporters.structure import require_structure
 from slm.exporters.worker import silent
 from slm_pyfunc.engine.runtime import Runtime
 from slm_pyfunc.parameters import Parameters
@@ -155,6 +156,7 @@ def test_every_product_of_such_a_graph_is_quantized_and_means_what_its_weights_s
     runtime = made(decoder, checkpoint, rtn, tmp_path)
     found = ir.load(tmp_path / "onnx" / "model.onnx").graph
     kinds = [node.op_type for node in found]
+    require_structure(tmp_path / "onnx", composed("target=cpu-int4-rtn-block-32").target)
     assert kinds.count("MatMulNBits") == 4 * LAYERS + 1 and kinds.count("GatherBlockQuantized") == 1
     assert "Gemm" not in kinds and "layers.1.attention.weight_Q4" in found.initializers
     for name, weight in decoder.named_parameters():

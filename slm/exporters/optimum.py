@@ -195,7 +195,7 @@ def write_genai_config(checkpoint: Path, graph: "ir.Graph", folder: Path) -> Non
     context = context_length_of(config)
     tokens = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")}
     decoder: dict[str, Any] = {
-        "session_options": {},
+        "session_options": {"provider_options": []},
         "filename": "model.onnx",
         "head_size": shape[3],
         "hidden_size": config.hidden_size,
