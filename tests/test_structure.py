@@ -119,7 +119,7 @@ def keys_in_float16(model: ir.Model, _: Path) -> None:
 
 
 def an_older_opset(model: ir.Model, _: Path) -> None:
-    model.graph.opset_imports[""] = 20
+    model.graph.opset_imports[""] = 17
 
 
 def another_provider(_: ir.Model, onnx: Path) -> None:
@@ -155,7 +155,7 @@ def half_of_the_data(_: ir.Model, onnx: Path) -> None:
         (DEFAULT, says("bits", 8), "has bits 8; expected 4"),
         (DEFAULT, one_product_of_floats, "has weights in FLOAT; expected int4"),
         (DEFAULT, keys_in_float16, "past_key_values.0.key is FLOAT16; expected FLOAT"),
-        (DEFAULT, an_older_opset, "of opset 20; expected 21 to 24"),
+        (DEFAULT, an_older_opset, "of opset 17; expected 18 to 24"),
         (DEFAULT, another_provider, r"the execution providers \['cuda'\]; expected \[\]"),
         (DEFAULT, at_scales(float("nan")), "holds NaN or infinity"),
         (DEFAULT, half_of_the_data, "bytes into model.onnx.data, which is shorter"),
