@@ -32,7 +32,8 @@ class Provenance:
     on, or "none". `graph` is who made the graph, and `refused` why others were not taken, by name.
     `notes` say what was mended, and what of the checkpoint is not served. `training` names the
     MLflow run that trained the weights, if one is known (slm/sources/mlflow_uri.py), and `adapter`
-    is what was merged into the source.
+    is what was merged into the source. Where ONNX folders for several targets are in one
+    (slm/bundle.py), `parts` are theirs, by target.
     """
 
     files: dict[str, str]
@@ -52,6 +53,7 @@ class Provenance:
     notes: list[str] = field(default_factory=list)
     adapter: "Provenance | None" = None
     checkpoint: "Provenance | None" = None
+    parts: dict[str, "Provenance"] = field(default_factory=dict)
 
     @property
     def origin(self) -> "Provenance":
@@ -73,11 +75,10 @@ class Provenance:
 
     def json(self) -> dict[str, Any]:
         """What provenance.json and a logged model's metadata hold: everything that is not empty."""
-        return {
-            name: value.json() if isinstance(value, Provenance) else value
-            for name, value in ((name, getattr(self, name)) for name in self.__dataclass_fields__)
-            if value or name == "files"
-        }
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        own["checkpoint"] = self.checkpoint.json() if self.checkpoint else None
+        own["parts"] = {name: part.json() for name, part in self.parts.items()}
+        return {name: value for name, value in own.items() if value or name == "files"}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -95,6 +96,7 @@ class Provenance:
         for part in ("checkpoint", "adapter"):
             if known.get(part):
                 known[part] = cls.of(known[part])
+        known["parts"] = {name: cls.of(part) for name, part in known.get("parts", {}).items()}
         return cls(**known)
 
 

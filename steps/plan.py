@@ -20,7 +20,7 @@ from slm.config import Config
 from slm.evaluation.summary import table
 from slm.records import Checkpoint
 from slm.registry.kinds import require_registry
-from slm.running.chain import PIPELINE, Link, kept
+from slm.running.chain import Link, kept, of_first_target, of_target, pipeline
 from slm.running.command import entry_point
 from slm.running.costs import Cost, Size, cost_of
 from slm.running.run import Ask
@@ -59,13 +59,17 @@ def plan(config: Config) -> Plan:
     """Ask every step in turn. InputError where a step would refuse what it is given."""
     require_registry(config.register)
     require_key_to_sign(config.signing)
+    config = of_first_target(config)
+    links = pipeline(config)
     work = work_folder(config.paths.work)
     outcomes: dict[str, Any] = {}
-    found = {link.step: ask(link, config, outcomes) for link in PIPELINE}
+    found = [(link, *ask(link, of_target(config, link.target), outcomes)) for link in links]
     size = size_of(config, outcomes.get("fetch"))
     steps = [
-        Planned(step, does, why, *(costing(step, config, size) if does != REUSED else (Cost(),)))
-        for step, (does, why) in found.items()
+        Planned(link.name, does, why, *cost)
+        for link, does, why in found
+        for own in [of_target(config, link.target)]
+        for cost in [costing(link.step, own, size) if does != REUSED else (Cost(),)]
     ]
     return Plan(
         steps,
@@ -85,10 +89,10 @@ def ask(link: Link, config: Config, outcomes: dict[str, Any]) -> tuple[str, str]
             return RUNS, f"never made of {config.model.name}"
         return MAY_RUN, f"if {' or '.join(waits_for)} ends otherwise"
     try:
-        outcomes[link.step] = kept(link.step, config, link.inputs(outcomes), Ask.look)
+        outcomes[link.name] = kept(link.step, config, link.inputs(outcomes), Ask.look)
     except NotKept as why:
         return RUNS, str(why)
-    return REUSED, outcomes[link.step].uri
+    return REUSED, outcomes[link.name].uri
 
 
 def costing(step: str, config: Config, size: Size | None) -> tuple[Cost, str]:

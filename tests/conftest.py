@@ -412,7 +412,7 @@ def log_onnx(
 
     config = composed(f"log_pyfunc.max_tokens={max_tokens}")
     signing = signing or config.signing
-    requirements = runtime_requirements(config.target.runtime_package)
+    requirements = runtime_requirements(config.target)
     requirements += verifier_requirements(signing)
     packaging = Packaging(
         config.model.name, config.target, config.log_pyfunc, requirements, signing

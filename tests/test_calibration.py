@@ -29,6 +29,7 @@ from slm_pyfunc.engine.runtime import Runtime
 from tests.checkpoints import write_as_phi3, write_shallow, write_tiny, write_tokenizer
 from tests.conftest import Project, composed
 
+MIXED_TARGET = ("target=cpu-int4-mixed-acc-level-4", "target.budget_bits=null")
 WORDS = 8  # an n-gram this long is not in two texts by chance
 
 
@@ -337,7 +338,7 @@ def test_a_budget_is_kept_and_spent_the_same_way_twice(tiny: Path, tmp_path: Pat
         least, most = (sum(size[i] for size in sizes.values()) for i in (1, 2))
         for share in (0, 0.1, 1):
             budget_mb = (least + share * (most - least)) / 1e6
-            target = composed("target.quantizer=gptq", f"target.budget_mb={budget_mb!r}").target
+            target = composed(*MIXED_TARGET, f"target.budget_mb={budget_mb!r}").target
             int8 = share_budget(target, decoder, rounding, folder, folder, silent)
             noted = json.loads((folder / MIXED).read_text())
             assert noted.keys() == sizes.keys()
@@ -356,7 +357,7 @@ def test_a_mixed_exports_provenance_has_the_bits_of_each_linear(
     write_provenance(checkpoint)
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": " ".join(str(number) for number in range(400))}))
-    target = ["target=cpu-int4-gptq-block-32-acc-level-4", "target.budget_bits=4.55"]
+    target = ["target=cpu-int4-mixed-acc-level-4", "target.budget_bits=4.55"]
     calibration = [f"export.calibration={text}", "export.calibration_tokens=512"]
     exported = project.call("export_onnx", f"source={checkpoint}", *target, *calibration)
     found = read_provenance(Path(exported.uri)).calibration
@@ -389,7 +390,7 @@ def test_what_cannot_be_calibrated_is_refused_before_any_pass(
         checkpoint=str(checkpoint),
         onnx="",
         scratch="",
-        target=config.target,
+        target=composed(*MIXED_TARGET, mixing).target,
         makers=[],
         text="",
         parity_tokens=2,

@@ -41,10 +41,11 @@ def cost_of(step: str, size: Size, config: Config) -> Cost:
     precision = config.target.precision
     per_weight = ONNX_BYTES.get(precision.bits or 0, FLOAT_BYTES.get(precision, 2.0))
     onnx, interfaces = weights * per_weight, len(config.log_pyfunc.interfaces)
+    logged = onnx * interfaces * max(1, len(config.log_pyfunc.targets))
     costs = {
         "fetch": fetching(str(config.model.source), size, bool(config.model.adapter)),
         "export_onnx": exporting(config.target.quantizer, weights, onnx),
-        "log_pyfunc": Cost(onnx * interfaces, LIBRARIES_GB + onnx, 6 + 15 * weights),
+        "log_pyfunc": Cost(logged, LIBRARIES_GB + onnx, 6 + 15 * weights),
         "log_transformers": Cost(checkpoint, LIBRARIES_GB, 4 + 4 * checkpoint),
         "evaluate": Cost(0.0, LIBRARIES_GB + 1.4 * checkpoint, 20 + 430 * weights),
         "register": Cost(0.0, LIBRARIES_GB + 1.4 * checkpoint, 12 + 50 * weights),
