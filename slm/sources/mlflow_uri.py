@@ -69,7 +69,8 @@ def find(uri: str, model: Model) -> Found | None:
     folder, file = logged.path, ""
     if folder.endswith(".gguf"):
         folder, _, file = folder.rpartition("/")
-    folders, base = (folder,), ""
+    folders: tuple[str, ...] = (folder,)
+    base = ""
     if not file and "MLmodel" in (listed := store.files_in(folder)):
         folders, base = of_flavor(store, read_mlmodel(store, listed["MLmodel"]), folder, uri)
     return Found(store, folders, logged.pinned, file, training, base)
