@@ -117,6 +117,13 @@ def test_what_is_not_a_checkpoint_in_mlflow_is_one_clear_line(
         resolve(uri, Model(name="m", source=uri, tracking_uri=trained.tracking_uri))
 
 
+def test_a_store_that_does_not_exist_is_named_and_not_made(tmp_path: Path) -> None:
+    uri, store = "models:/trained/1", f"sqlite:///{tmp_path / 'no.db'}"
+    with pytest.raises(InputError, match=r"no\.db, which does not exist\. Set MLFLOW_TRACKING_URI"):
+        resolve(uri, Model(name="m", source=uri, tracking_uri=store))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_of_another_flavor_is_one_clear_line(trained: Trained) -> None:
     with tracking(trained), mlflow.start_run():
         logged = mlflow.pyfunc.log_model(
