@@ -109,6 +109,13 @@ def test_a_source_of_ones_own_is_refused_without_a_name() -> None:
         composed("model.source=/data/mine")
 
 
+def test_an_adapter_is_refused_without_a_name_for_what_it_makes() -> None:
+    with pytest.raises(InputError, match=r"model\.adapter is overridden, and model\.name is not"):
+        composed("model.adapter=/data/lora")
+    tuned = composed("model.adapter=/data/lora", "model.name=tuned").model
+    assert (tuned.source, tuned.licence) == (composed().model.source, "apache-2.0")
+
+
 def test_a_source_of_ones_own_inherits_nothing_that_was_said_of_another() -> None:
     own = composed("model.source=/data/mine", "model.name=mine", "model.context_length=99").model
     assert (own.licence, own.architecture, own.context_length) == (None, None, 99)
