@@ -29,14 +29,15 @@ from slm_pyfunc.engine.runtime import Runtime
 from steps import export_onnx
 
 GPTQ = "target=cpu-int4-gptq-block-32-acc-level-4"
+MIXED = "target=cpu-int4-mixed-acc-level-4"
 QUANTIZERS = {
     "builder": ["target.quantizer=builder"],
     "rtn": [],
     "grid": ["target=cpu-int4-grid-block-32-acc-level-4"],
-    "mse": [GPTQ, "target.quantizer=mse"],
+    "mse": [GPTQ, "target.quantizer=mse", "target.name=cpu-int4-mse-block-32-acc-level-4"],
     "gptq": [GPTQ],
-    "gptq, 95.8 MB": [GPTQ, "target.budget_mb=95.8"],
-    "mixed": ["target=cpu-int4-mixed-acc-level-4"],
+    "gptq, 95.8 MB": [MIXED, "target.budget_bits=null", "target.budget_mb=95.8"],
+    "mixed": [MIXED],
 }
 # Tokens of each kind of data/texts.jsonl: kind, languages, and how many.
 KINDS = {

@@ -384,13 +384,13 @@ def test_what_cannot_be_calibrated_is_refused_before_any_pass(
     mixing: str, words: str, tmp_path: Path
 ) -> None:
     checkpoint = write_tiny(tmp_path / "checkpoint", write_tokenizer(tmp_path / "tokenizer"))
-    config = composed("target=cpu-int4-gptq-block-32-acc-level-4", mixing)
+    config = composed(*MIXED_TARGET, mixing, "target.name=any")
     numbers = 400 if config.target.quantizer is Quantizer.gptq else 5
     request = Request(
         checkpoint=str(checkpoint),
         onnx="",
         scratch="",
-        target=composed(*MIXED_TARGET, mixing).target,
+        target=config.target,
         makers=[],
         text="",
         parity_tokens=2,

@@ -46,7 +46,7 @@ def test_every_architecture_goes_from_fetch_to_a_generated_token(
     made = write_tiny(tmp_path / "made", tokenizer, name, **settings, **rows)
     checkpoint = fetched(made, tmp_path, architecture=architecture)
     request = replace(request_of(Path(checkpoint.uri), tmp_path), makers=["genai"])
-    whole = ("genai", Parity(0, 0, 0, 0, None, [], 0), {})
+    whole: tuple[str, Parity, dict[str, str]] = ("genai", Parity(0, 0, 0, 0, None, [], 0), {})
     monkeypatch.setattr(worker, "choose", lambda *_: whole)
     worker.export(request)
     onnx = Path(request.onnx)
