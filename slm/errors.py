@@ -54,6 +54,10 @@ class InfrastructureError(UserError):
     exit_code = 4
 
 
+class RoomError(InfrastructureError):
+    """What a run would take is more than this machine has."""
+
+
 class UnreachableError(InfrastructureError, ConnectionError):
     """A server (the model hub, the tracking server, the package index) does not answer."""
 
@@ -87,6 +91,14 @@ def is_away(text: str) -> bool:
     MLflow 3.17 tries a request again for minutes, but no download that was cut short.
     """
     return any(words in text for words in AWAY)
+
+
+def told_of(error: BaseException) -> tuple[str, int]:
+    """What is said of an error in one line, and the exit code of a command that ends with it."""
+    known = as_user_error(error)
+    if known is None:
+        return f"{type(error).__name__}: {one_line(error)}", UserError.exit_code
+    return one_line(known), known.exit_code
 
 
 def words_for(error: BaseException) -> str | None:

@@ -7,12 +7,12 @@ import pytest
 
 from slm.config import Config
 from slm.errors import InputError
+from slm.planning import Plan, plan
 from slm.running.command import split_overrides
 from slm.running.costs import Size, cost_of
 from slm.running.tracking import logged_model_exists
 from slm.running.work import records
 from steps.main import main
-from steps.plan import Plan, plan
 from tests.conftest import TINY, Packaged, Project, composed, tracking
 
 pytestmark = pytest.mark.xdist_group("main")
