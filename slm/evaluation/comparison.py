@@ -131,12 +131,13 @@ def publish(found: Comparison, folder: Path) -> Path:
             trim_blocks=True,
         ),
     )
-    columns = [metric_named(name) for name in COLUMNS]
+    columns = {SHORT[name]: metric_named(name) for name in COLUMNS}
     html = settings.get_template("comparison.html.j2").render(
         found=found,
         columns=columns,
         plot=svg(figure) if figure is not None else "",
         formatted=formatted,
+        verdict_of=verdict_of,
     )
     write_whole(page, html)
     write_whole(place / "comparison.json", json.dumps(record, indent=2, default=enum_value) + "\n")
@@ -188,7 +189,8 @@ def show(found: Comparison, page: Path) -> None:
 def verdict_of(row: Row) -> str:
     """In a word or two."""
     shown = row.verdict.replace("_", " ") or ("error" if row.error else "not tried")
-    return f"{shown}, front" if row.front else shown
+    over = ", over budget" if row.verdict == "passed" and row.obstacles else ""
+    return f"{shown}{over}{', front' if row.front else ''}"
 
 
 def drawn(found: Comparison) -> Any:
