@@ -13,13 +13,14 @@ from mlflow.exceptions import ExecutionException
 from omegaconf import OmegaConf
 
 from slm.config import ROOT, Config
-from slm.errors import StepError, ToldError, UserError, is_away
+from slm.errors import InfrastructureError, StepError, ToldError, UserError, is_away
 from slm.planning import require_room
 from slm.records import from_json
 from slm.running.chain import PIPELINE, Link, kept
+from slm.running.killed import was_killed
 from slm.running.run import Ask
 from slm.running.summary import note_step
-from slm.running.work import RESULT, NotKept
+from slm.running.work import RESULT, NotKept, work_folder
 
 log = logging.getLogger("slm.children")
 
@@ -53,8 +54,8 @@ class Chain:
     def run(self, link: Link) -> None:
         """Run a step, or reuse its outcome; ToldError with the step's own error if it fails.
 
-        StepError if it fails without a word: if it was killed, say. The first step that has to run
-        first asks for disk and memory for all that are to come (RoomError).
+        InfrastructureError if it was killed, StepError if it fails without a word otherwise. The
+        first step that has to run first asks for the disk and memory of all that are to come.
         """
         log.info("step %d of %d: %s", len(self.children) + 1, len(PIPELINE), link.step)
         start = time.monotonic()
@@ -116,6 +117,12 @@ class Chain:
             if reason := tags.get("error"):
                 code = int(tags.get("exit_code", StepError.exit_code))
                 raise ToldError(f"{step} failed: {reason}", code) from error
+            if children and was_killed(children[0], work_folder(self.config.paths.work)):
+                raise InfrastructureError(
+                    f"{step} ended without a word: it was killed, most likely for lack of memory "
+                    "(`-e plan` says what it takes), or its tracking server went away. Run it "
+                    "again."
+                ) from error
             raise StepError(f"{step} failed: {error}") from error
 
 

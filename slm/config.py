@@ -185,6 +185,12 @@ class Model:
 
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits
+# Those that a quantizer can make; the others leave it to the builder.
+PRECISIONS = {
+    Quantizer.grid: [Precision.int4],
+    Quantizer.mse: [Precision.int4, Precision.int8],
+    Quantizer.gptq: [Precision.int4, Precision.int8],
+}
 # The model builder's options of how it quantizes itself; older names of them begin with int4_.
 QUANTIZING = frozenset(
     {
@@ -222,44 +228,45 @@ class Target:
 
     def __post_init__(self) -> None:
         require_name("target.name", self.name)
-        options = self.builder_options
-        quantized = isinstance(self.precision, Precision) and self.precision.bits
-        known = options.get("algo_config", "default") == "default"
-        known &= options.get("block_size") in BLOCK_SIZES
-        own = quantized and self.quantizer is not Quantizer.builder
-        if own and not known:
-            raise InputError(
-                f"target.quantizer={self.quantizer.value} needs a block_size of 16, 32, 64, 128 or "
-                f"256, and no algo_config but default; found {options}. Other algorithms are the "
-                "builder's: target.quantizer=builder."
-            )
+        if not isinstance(self.precision, Precision):  # the YAML lacks it, which Hydra says
+            return
+        options, quantizer = self.builder_options, f"target.quantizer={self.quantizer.value}"
+        own = self.precision.bits and self.quantizer is not Quantizer.builder
+        fits = options.get("block_size") in BLOCK_SIZES
+        fits &= options.get("algo_config", "default") == "default"
         unheeded = [key for key in options if key in QUANTIZING or key.startswith("int4_")]
-        if own and unheeded:
-            raise InputError(
-                f"target.builder_options has {', '.join(unheeded)}, which the builder's "
-                "own quantizer alone heeds: leave it out, or set target.quantizer=builder."
-            )
-        valid = {"grid": ("int4",), "mse": ("int4", "int8"), "gptq": ("int4", "int8")}
-        precisions = valid.get(self.quantizer.value)
-        known = isinstance(self.precision, Precision)  # what the YAML lacks is the string "???"
-        if precisions and known and self.precision.value not in precisions:
-            raise InputError(
-                f"target.precision is {self.precision.value}; with "
-                f"target.quantizer={self.quantizer.value} it must be {' or '.join(precisions)}."
-            )
-        mixing = ("int8", "budget_mb", "budget_bits")
-        given = [name for name in mixing if getattr(self, name) not in (None, [])]
-        if len(given) > 1:
-            raise InputError(f"target has {' and '.join(given)}; give one of them.")
-        for name in given[:1]:
-            if name != "int8" and not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"target.{name} is {getattr(self, name)}; it must be above 0.")
-        int4 = self.precision is Precision.int4 and self.quantizer is Quantizer.gptq
-        if given and not int4:
-            raise InputError(
-                f"target.{given[0]} is {getattr(self, given[0])}, which only "
-                "target.quantizer=gptq with precision=int4 can heed."
-            )
+        precisions = PRECISIONS.get(self.quantizer, list(Precision))
+        mixing = {name: getattr(self, name) for name in ("int8", "budget_mb", "budget_bits")}
+        mixing = {name: value for name, value in mixing.items() if value not in (None, [])}
+        mixes = self.precision is Precision.int4 and self.quantizer is Quantizer.gptq
+        first = next((f"target.{name} is {value}" for name, value in mixing.items()), "")
+        positive = all(0 < v < float("inf") for v in mixing.values() if not isinstance(v, list))
+        for broken, words in (
+            (
+                own and not fits,
+                f"{quantizer} needs a block_size of 16, 32, 64, 128 or 256, and no algo_config "
+                f"but default; found {options}. Other algorithms are the builder's: "
+                "target.quantizer=builder.",
+            ),
+            (
+                own and unheeded,
+                f"target.builder_options has {', '.join(unheeded)}, which the builder's own "
+                "quantizer alone heeds: leave it out, or set target.quantizer=builder.",
+            ),
+            (
+                self.precision not in precisions,
+                f"target.precision is {self.precision.value}; with {quantizer} it must be "
+                f"{' or '.join(each.value for each in precisions)}.",
+            ),
+            (len(mixing) > 1, f"target has {' and '.join(mixing)}; give one of them."),
+            (not positive, f"{first}; it must be above 0."),
+            (
+                mixing and not mixes,
+                f"{first}, which only target.quantizer=gptq with precision=int4 can heed.",
+            ),
+        ):
+            if broken:
+                raise InputError(words)
 
 
 @dataclass

@@ -17,7 +17,7 @@ import mlflow
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from slm.config import Config, Preflight
-from slm.errors import RoomError, UserError
+from slm.errors import InfrastructureError, UserError
 from slm.records import Checkpoint
 from slm.registry.kinds import require_registry
 from slm.running.chain import PIPELINE, Link, kept
@@ -128,7 +128,7 @@ def plan(config: Config, outcomes: Mapping[str, Any] | None = None) -> Plan:
 def require_room(config: Config, outcomes: Mapping[str, Any]) -> None:
     """Hold what a run is yet to take against what this machine has, as `preflight` says.
 
-    Raises RoomError, if it is `stop`, at the first step that certainly runs and does not
+    Raises InfrastructureError, if it is `stop`, at the first step that certainly runs and does not
     fit, and warns of what may not.
     """
     if config.preflight is Preflight.off:
@@ -140,7 +140,7 @@ def require_room(config: Config, outcomes: Mapping[str, Any]) -> None:
     certain = needs_of([step for step in planned.steps if step.does == RUNS], places_of(config))
     lacking = next((need for need in certain if need.lacks), None)
     if lacking and config.preflight is Preflight.stop:
-        raise RoomError(
+        raise InfrastructureError(
             f"preflight: {lacking.words()}. {CURES[lacking.of]}, or go on in spite of it with "
             "preflight=warn."
         )

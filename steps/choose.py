@@ -18,12 +18,12 @@ from mlflow import MlflowClient
 from slm.children import Chain, given_overrides, overrides_for_children
 from slm.config import Config, Gate, Objective
 from slm.errors import (
-    InfrastructureError,
     InputError,
-    RoomError,
     StepError,
+    UnreachableError,
     UserError,
     VerdictError,
+    is_away,
     told_of,
 )
 from slm.evaluation.choice import Tried, best, budget_of, nearest, why
@@ -64,7 +64,7 @@ class Rung:
 def climb(chains: list[Chain], budget: dict[str, Gate], objective: Objective) -> list[Rung]:
     """Try each target in turn, as far as the objective needs it.
 
-    Raises what fails for all of them: the error of a shared step, or an InfrastructureError.
+    Raises what fails for all of them: the error of a shared step, or of a server that is away.
     """
     rungs: list[Rung] = []
     for number, chain in enumerate(chains, 1):
@@ -99,8 +99,7 @@ def tried(chain: Chain, budget: dict[str, Gate], smallest: Rung | None) -> Rung:
         except UserError as error:
             failed = next(link.step for link in JUDGED if link.step not in chain.children)
             told.error, told.exit_code = told_of(error)
-            everywhere = told.exit_code == InfrastructureError.exit_code
-            if failed in SHARED or (everywhere and not isinstance(error, RoomError)):
+            if failed in SHARED or isinstance(error, UnreachableError) or is_away(told.error):
                 raise
     row = row_of(told)
     if obstacles or told.error:

@@ -28,13 +28,13 @@ from slm.exporters.builder import builder_arguments
 from slm.exporters.calibration_text import read_calibration
 from slm.exporters.checks import require_it_generates
 from slm.exporters.generation import carry_over
-from slm.exporters.process import run_worker
+from slm.exporters.process import WORKER, run_worker
 from slm.exporters.worker import Request
 from slm.records import OnnxModel
 from slm.running.command import entry_point
 from slm.running.run import run_step
 from slm.running.tracking import local_path
-from slm.running.work import versions
+from slm.running.work import code_digests, versions
 from slm.sources.verify import INDEX, WHOLE
 
 LIBRARIES = (
@@ -47,6 +47,9 @@ LIBRARIES = (
     "scipy",
     "torch",
     "transformers",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
 )
 # What twins are compared on: prose and dialogue in several languages.
 TEXTS = ROOT / "data" / "texts.jsonl"
@@ -57,7 +60,7 @@ def export_onnx(
 ) -> OnnxModel:
     """Make the graph and its weights, check them, and record how they were made."""
     onnx, scratch = folder / "onnx", folder / "scratch"
-    calibrated = calibrated_of(folder)
+    calibrated, shared = calibrated_of(folder), shared_of(folder, provenance, target, settings)
     calibration = calibration_of(target, settings)
     texts = [json.loads(line)["text"] for line in TEXTS.read_text().splitlines()]
     request = Request(
@@ -71,6 +74,7 @@ def export_onnx(
         calibration=read_calibration(settings.calibration) if calibration else [],
         calibration_tokens=settings.calibration_tokens,
         calibrated=str(calibrated),
+        shared=str(shared),
     )
     exported = run_worker(request)
     shutil.rmtree(scratch)
@@ -125,6 +129,20 @@ def calibrated_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.calibrated")
 
 
+def shared_of(folder: Path, provenance: Provenance, target: Target, settings: Export) -> Path:
+    """Where lies what targets of a checkpoint share: its answers, and what int4 harms in it."""
+    calibration = calibration_of(target, settings)
+    own = {
+        "checkpoint": provenance.identity,
+        "text": [calibration.get(name) for name in ("text", "tokens")],
+        "rounding": [target.precision.value, target.builder_options.get("block_size")],
+        "graph": settings.graph.value,
+        "versions": versions(*LIBRARIES),
+        "code": code_digests(WORKER),
+    }
+    return folder.with_name(f"{digest_of(own)[:16]}.shared")
+
+
 def calibration_of(target: Target, settings: Export) -> dict[str, Any]:
     """All that shapes the weights of a calibrated target; nothing of others."""
     if not target.quantizer.calibrates:
@@ -147,7 +165,11 @@ def main(config: Config) -> OnnxModel:
 
     def make(folder: Path) -> OnnxModel:
         if "export_onnx" in config.force:
-            shutil.rmtree(calibrated_of(folder), ignore_errors=True)
+            for each in (
+                calibrated_of(folder),
+                shared_of(folder, provenance, config.target, config.export),
+            ):
+                shutil.rmtree(each, ignore_errors=True)
         return export_onnx(checkpoint, provenance, config.target, config.export, folder)
 
     return run_step(

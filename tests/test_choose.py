@@ -17,7 +17,7 @@ import pytest
 
 from slm.children import Chain, Child
 from slm.config import CONF, Config, Objective
-from slm.errors import InputError, RoomError, StepError, UnreachableError, UserError
+from slm.errors import InfrastructureError, InputError, StepError, UnreachableError, UserError
 from slm.evaluation import comparison
 from slm.evaluation.choice import Tried, best, budget_of, nearest, why
 from slm.evaluation.comparison import Row, with_front
@@ -210,7 +210,7 @@ def test_a_target_that_cannot_be_exported_keeps_no_other_from_being_tried(
 def test_a_target_that_lacks_memory_keeps_no_other_from_being_tried(
     climbed: Callable[..., list[choose.Rung]],
 ) -> None:
-    first, second = climbed(Objective.closest, A, B, export_onnx=RoomError("9 GB"))
+    first, second = climbed(Objective.closest, A, B, export_onnx=InfrastructureError("9 GB"))
     assert first.exit_code == 4 and second.tried
 
 
@@ -258,7 +258,7 @@ def test_an_objective_leaves_out_what_cannot_win(
 def test_a_ladder_of_which_nothing_was_measured_ends_as_its_worst_error(
     climbed: Callable[..., list[choose.Rung]],
 ) -> None:
-    rungs = climbed(Objective.closest, A, export_onnx=RoomError("9 GB"))
+    rungs = climbed(Objective.closest, A, export_onnx=InfrastructureError("9 GB"))
     error = choose.not_chosen(rungs, "target passes")
     assert (error.exit_code, str(error)) == (
         4,

@@ -7,7 +7,7 @@ import mlflow
 import pytest
 
 from slm.config import Config
-from slm.errors import InputError, RoomError
+from slm.errors import InfrastructureError, InputError
 from slm.planning import Plan, costing, places_of, plan, require_room
 from slm.running.command import split_overrides
 from slm.running.costs import Size, cost_of
@@ -151,13 +151,13 @@ def test_a_run_that_does_not_fit_on_the_disk_stops_with_the_step_and_the_numbers
     nowhere: Path, machine: Callable[..., None]
 ) -> None:
     machine(disk=5)
-    with pytest.raises(RoomError) as raised:
+    with pytest.raises(InfrastructureError) as raised:
         needs(nowhere, *PHI)
     words = str(raised.value)
     assert "fetch needs about 7.6 GB of disk in" in words and "and 5.0 GB are there" in words
     assert "preflight=warn" in words and "SLM_WORK" in words and raised.value.exit_code == 4
     machine(disk=9)  # the checkpoint fits, and what comes of it does not
-    with pytest.raises(RoomError, match="export_onnx needs about 11.8 GB of disk"):
+    with pytest.raises(InfrastructureError, match="export_onnx needs about 11.8 GB of disk"):
         needs(nowhere, *PHI)
 
 
@@ -165,7 +165,9 @@ def test_a_run_that_does_not_fit_into_the_memory_stops_with_the_step_and_the_num
     nowhere: Path, machine: Callable[..., None]
 ) -> None:
     machine(memory=7)
-    with pytest.raises(RoomError, match="evaluate needs about 11.3 GB of memory, and 7.0 GB are"):
+    with pytest.raises(
+        InfrastructureError, match="evaluate needs about 11.3 GB of memory, and 7.0 GB are"
+    ):
         needs(nowhere, *PHI)
 
 

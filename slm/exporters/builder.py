@@ -60,8 +60,13 @@ def builder_arguments(target: Target) -> list[str]:
 
 
 def extra_options(target: Target) -> list[str]:
-    """The builder's `--extra_options`. The runtime keeps whole caches, of windowed layers too."""
-    options = {"windowed_kv_cache": False, **target.builder_options}
+    """The builder's `--extra_options`. The runtime keeps whole caches, of windowed layers too.
+
+    A target that names no accuracy level has none, whoever quantizes it: left to itself, the
+    builder (0.18) takes 4 for a CPU and WebGPU.
+    """
+    level = {"accuracy_level": 0} if target.precision.bits else {}
+    options = {"windowed_kv_cache": False, **level, **target.builder_options}
     return [f"{key}={str(value).lower()}" for key, value in options.items()]
 
 

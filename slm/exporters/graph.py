@@ -68,16 +68,13 @@ class Rtn:
         blocks = -(-inputs // self.block_size)
         packed = np.empty((outputs, blocks, self.block_size * self.bits // 8), np.uint8)
         scales = np.empty((outputs, blocks), weight.dtype)
-        rows = max(1, ROUNDED_AT_ONCE // inputs)
 
-        def round_rows(first: int) -> None:
-            some = slice(first, first + rows)
+        def round_rows(some: slice) -> None:
             integers, scales[some] = self.round_blocks(self.blocks_of(weight[some]))
             integers.reshape(len(integers), -1)[:, inputs:] = 0  # as the kernel leaves them
             packed[some] = packed_integers(integers, self.bits)
 
-        with ThreadPoolExecutor(available_cores()) as pool:
-            list(pool.map(round_rows, range(0, outputs, rows)))
+        on_all_cores(round_rows, outputs, max(1, ROUNDED_AT_ONCE // inputs))
         return [(packed, scales)]
 
     def blocks_of(self, rows: np.ndarray) -> np.ndarray:
@@ -96,6 +93,22 @@ class Rtn:
         rounded = np.floor(exact)
         rounded += (exact - rounded) >= 0.5  # halves away from zero, as C's roundf
         return np.clip(rounded, 0, 2 * zero_point - 1).astype(np.uint8), scales
+
+
+def on_all_cores(work: Callable[[slice], None], rows: int, at_once: int) -> None:
+    """Work on some rows at a time, each core on its own."""
+    with ThreadPoolExecutor(available_cores()) as pool:
+        list(pool.map(work, (slice(i, i + at_once) for i in range(0, rows, at_once))))
+
+
+def as_stored(scales: np.ndarray) -> np.ndarray:
+    """Scales as a file keeps them in float16."""
+    return scales.astype(np.float16).astype(np.float32)
+
+
+def nonzero(scales: np.ndarray) -> np.ndarray:
+    """Scales to divide by."""
+    return np.where(scales == 0, 1, scales)
 
 
 def packed_integers(integers: np.ndarray, bits: int) -> np.ndarray:
@@ -198,7 +211,7 @@ def quantize_product(
     array = product.read()
     graph, block_size, inputs = model.graph, quantizer.block_size, array.shape[1]
     lookups = [use.node for use in weight.uses() if use.node.op_type == "Gather"]
-    lookups = lookups if product.transposed and inputs % block_size == 0 else []
+    lookups = lookups if product.transposed else []
     looked_up = bool(lookups) or named(graph, f"{product.name}_Q4") is not None
     parts = quantizer.quantize(product.name, array, looked_up)
     if not all(np.isfinite(scales).all() for _, scales in parts):
@@ -229,14 +242,24 @@ def quantize_product(
         graph.insert_before(node, nodes)
         replace(graph, node, "Concat", [each.outputs[0] for each in nodes], {"axis": -1})
     for lookup in lookups:
-        row = np.array([len(packed), inputs * bits // 8])
+        width = -(-inputs // block_size) * block_size
+        row = np.array([len(packed), width * bits // 8])
         shape = add_constant(graph, f"{product.name}_rows", row, data)
         rows = ir.node("Reshape", [constants[0], shape])
-        graph.insert_before(lookup, rows)
         attributes = {"bits": bits, "block_size": block_size}
         attributes |= {"gather_axis": 0, "quantize_axis": 1}
         read = [rows.outputs[0], lookup.inputs[1], constants[1]]
-        replace(graph, lookup, "GatherBlockQuantized", read, attributes, MICROSOFT)
+        graph.insert_before(lookup, rows)
+        if width == inputs:
+            replace(graph, lookup, "GatherBlockQuantized", read, attributes, MICROSOFT)
+            continue
+        whole = ir.node("GatherBlockQuantized", read, attributes, domain=MICROSOFT)
+        graph.insert_before(lookup, whole)
+        ends = [
+            add_constant(graph, f"{product.name}_{name}", np.array([value]), data)
+            for name, value in (("first", 0), ("inputs", inputs), ("last_axis", -1))
+        ]
+        replace(graph, lookup, "Slice", [whole.outputs[0], *ends], {})
     model.opset_imports.setdefault(MICROSOFT, 1)
     if not weight.uses():
         del graph.initializers[product.name]

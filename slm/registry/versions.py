@@ -15,7 +15,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from slm.config import Register
 from slm.digests import digest_of
-from slm.errors import InputError, StepError, one_line
+from slm.errors import InputError, StepError, is_away, one_line
 from slm.evaluation.metrics import base_name, is_of_harness
 from slm.proof import prove
 from slm.records import Evaluation, LoggedModel
@@ -29,7 +29,7 @@ from slm.registry.names import (
     registered_name,
     version_uri,
 )
-from slm.running.tracking import logged_model_exists, store_variables
+from slm.running.tracking import environment, logged_model_exists, store_variables
 from slm_pyfunc.verify import PUBLIC_KEY
 
 log = logging.getLogger("slm.registry")
@@ -168,7 +168,7 @@ def make_version(client: MlflowClient, entry: Entry) -> ModelVersion:
         "model_id": entry.model.model_id,
     }
     if not is_unity_catalog():
-        return client.create_model_version(**says)
+        return created_once(client, says)
     with tempfile.TemporaryDirectory() as scratch:
         copy = mlflow.artifacts.download_artifacts(artifact_uri=entry.model.uri, dst_path=scratch)
         try:
@@ -181,6 +181,28 @@ def make_version(client: MlflowClient, entry: Entry) -> ModelVersion:
                 f"{one_line(error.__cause__)}. Install 'mlflow[databricks]=={mlflow.__version__}', "
                 "and run it again."
             ) from error
+
+
+def created_once(client: MlflowClient, says: dict[str, Any]) -> ModelVersion:
+    """Create a version, though the registry's reply may be lost on the way.
+
+    MLflow's client would send the request again, and the registry make a second version. Called in
+    a turn: no other run makes versions meanwhile.
+    """
+    query = f"name = '{says['name']}'"
+    before = {v.version for v in mlflow.search_model_versions(filter_string=query)}
+    for last in (False, True):
+        try:
+            with environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}):
+                return client.create_model_version(**says)
+        except MlflowException as error:
+            if last or not is_away(one_line(error)):
+                raise
+            log.info("register: no reply of the registry: looking whether the version is there")
+        for version in mlflow.search_model_versions(filter_string=query):  # with patience
+            if version.version not in before and version.tags == says["tags"]:
+                return version
+    raise AssertionError
 
 
 def refresh(client: MlflowClient, version: ModelVersion, entry: Entry) -> None:

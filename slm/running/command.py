@@ -230,7 +230,7 @@ def parameters_of(name: str) -> list[str]:
 
 
 def hydra_arguments(name: str, argv: list[str]) -> list[str]:
-    """Translate MLproject's `--parameter value` pairs into Hydra overrides.
+    """Translate MLproject's `--parameter value`, or `--parameter=value`, into Hydra overrides.
 
     Several models or targets, with commas between, are jobs of a --multirun.
     """
@@ -238,29 +238,36 @@ def hydra_arguments(name: str, argv: list[str]) -> list[str]:
     flags: list[str] = []  # argparse wants them before the overrides
     rest, parameters = list(argv), parameters_of(name)
     while rest:
-        argument = rest.pop(0)
+        argument, equals, value = rest.pop(0).partition("=")
         parameter = argument.removeprefix("--")
         parameter = ALIASES.get(parameter, parameter)
-        if argument == "--overrides":
-            arguments += split_overrides(rest.pop(0) if rest else "")
-        elif argument.startswith("--") and parameter in parameters:
-            value = rest.pop(0) if rest else ""
-            if parameter in ("model", "target") and "," in value:  # names hold no comma
+        if argument.startswith("--") and parameter in [*parameters, "overrides"]:
+            value = value if equals or not rest else rest.pop(0)
+            if parameter == "overrides":
+                arguments += split_overrides(value)
+            elif parameter in ("model", "target") and "," in value:  # names hold no comma
                 flags = ["--multirun"]
                 arguments.append(f"{parameter}={''.join(value.split())}")
-            else:
-                arguments += [f"{parameter}={quoted(value)}"] if value else []
-        elif argument.startswith("--") and parameter.split("=")[0] not in HYDRA_FLAGS.split():
+            elif value:
+                arguments.append(f"{parameter}={quoted(value)}")
+        elif argument.startswith("--") and parameter not in HYDRA_FLAGS.split():
             valid = ", ".join([*parameters, "overrides"])
             raise HydraException(f"{name} has no parameter {parameter!r}; valid: {valid}")
         else:
-            arguments.append(argument)
-    return [*flags, *arguments]
+            arguments.append(argument + equals + value)
+    return [*flags, *(listed(argument) for argument in arguments)]
+
+
+def listed(override: str) -> str:
+    """`force=a,b` as one value: to Hydra it would be two runs."""
+    steps = re.fullmatch(r"force=(\w+(?:,\w+)+)", override)
+    return f"force={quoted(steps[1])}" if steps else override
 
 
 def told_summary(argv: list[str]) -> str | None:
     """The file of `summary` in a command line that cannot be composed."""
-    words = re.findall(r"(?<![\w.])(?:summary=|--(?:summary|json) )'?([^\s'\",]+)", " ".join(argv))
+    told = r"(?<![\w.])(?:summary=|--(?:summary|json)[ =])'?([^\s'\",]+)"
+    words = re.findall(told, " ".join(argv))
     return words[-1] if words else None
 
 
