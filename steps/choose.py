@@ -176,20 +176,20 @@ def main(config: Config) -> None:
         rungs = climb(chains, budget, objective)
         measured = [rung.tried for rung in rungs if rung.tried]
         chosen = best(measured, objective)
-        error = None if chosen else not_chosen(rungs, of)
-        reason = why(chosen, measured, objective) if chosen else str(error)
-        title = f"{config.model.name}: {f'{chosen.name}, {reason}' if chosen else reason}"
+        reason = why(chosen, measured, objective) if chosen else str(not_chosen(rungs, of))
+        name = chosen.name if chosen else ""
+        title = ", ".join(filter(None, [name, reason]))
         rows = [rung.row for rung in rungs]
         page = publish(
-            Comparison(title, rows, chosen.name if chosen else "", budget), work / "choose"
+            Comparison(f"{config.model.name}: {title}", rows, name, budget), work / "choose"
         )
-        note(result={"chosen": chosen.name if chosen else "", "why": reason, "page": str(page)})
+        note(result={"chosen": name, "why": reason, "page": str(page)})
         if chosen is None:
-            assert error is not None
-            raise error
+            raise not_chosen(rungs, of)
         winner = next(rung for rung in rungs if rung.tried is chosen)
         asked = f"{objective.value} on ladder {ladder}, budget {' '.join(budget) or 'none'}"
         registration = registered(winner, f"{reason} ({asked})")
+        note(target=chosen.name)
         mlflow.set_tags({"chosen": chosen.name, "why": reason, "registered": registration.uri})
     steps = [
         [step, f"{child.duration_s:.1f}", child.outcome.uri]

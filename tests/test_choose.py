@@ -293,6 +293,8 @@ def test_several_targets_in_a_parameter_of_mlproject_are_a_multirun() -> None:
         "target=a,b",
         "model='m'",
     ]
+    argv = ["--model", "m", "--overrides", "--multirun export.graph=genai,mobius"]
+    assert hydra_arguments("main", argv) == ["--multirun", "model='m'", "export.graph=genai,mobius"]
 
 
 def test_the_worst_exit_code_is_that_of_a_fault_before_bad_input_and_a_verdict() -> None:

@@ -148,7 +148,7 @@ def test_a_name_that_mlflow_refuses_is_refused_at_once(project: Project) -> None
 def test_an_undeclared_parameter_is_refused_with_the_valid_ones(project: Project) -> None:
     process = project.mlflow_run("fetch", "colour=red")
     assert (
-        "fetch has no parameter 'colour'; valid: model, target, force, summary, overrides"
+        "fetch has no parameter 'colour'; valid: model, target, force, summary, preflight, overrides"
         in process.stderr
     )
 

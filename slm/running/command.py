@@ -84,8 +84,9 @@ def entry_point(
     def run(config: DictConfig, told: Summary) -> None:
         """Compose and run the step once, and say in `told` of what it is."""
         values = typed(config)
-        if "model" in parameters_of(name):
-            told.model, told.target = values.model.name, values.target.name
+        parameters = parameters_of(name)
+        told.model = values.model.name if "model" in parameters else ""
+        told.target = values.target.name if "target" in parameters else ""
         summary.tracking_uri = told.tracking_uri = shown_tracking_uri()
         hydra = HydraConfig.get()
         if together and told is not summary and not first:
@@ -244,9 +245,11 @@ def hydra_arguments(name: str, argv: list[str]) -> list[str]:
         if argument.startswith("--") and parameter in [*parameters, "overrides"]:
             value = value if equals or not rest else rest.pop(0)
             if parameter == "overrides":
-                arguments += split_overrides(value)
+                words = split_overrides(value)
+                flags += [word for word in words if word == "--multirun"]
+                arguments += [word for word in words if word != "--multirun"]
             elif parameter in ("model", "target") and "," in value:  # names hold no comma
-                flags = ["--multirun"]
+                flags.append("--multirun")
                 arguments.append(f"{parameter}={''.join(value.split())}")
             elif value:
                 arguments.append(f"{parameter}={quoted(value)}")
