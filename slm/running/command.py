@@ -119,7 +119,7 @@ def entry_point(
         with environment({FULL_ERRORS: "1"}), parent:
             composed()
             if given:
-                end_jobs(summary, given)
+                sum_up(summary, given)
                 try:
                     if together and first:
                         together(first[0])
@@ -188,7 +188,7 @@ def heed_another_source(config: Config, overrides: list[str], chosen: str) -> li
     return dropped
 
 
-def end_jobs(summary: Summary, given: list[list[str]]) -> None:
+def sum_up(summary: Summary, given: list[list[str]]) -> None:
     """Label the jobs of a --multirun by the overrides that tell them apart, and sum up their ends.
 
     A job of `target=a` is labelled `a`; `given` are the overrides of each.
