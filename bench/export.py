@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -137,6 +138,8 @@ def measure(name: str, quantizer: Quantizer, limit_mb: int, layers: int, scratch
     if not (checkpoint / INDEX).is_file():
         write_checkpoint(checkpoint, SHAPES[name])
     calibrated.mkdir(exist_ok=True)
+    for left in ("onnx", "work"):  # of a process that was killed
+        shutil.rmtree(scratch / left, ignore_errors=True)
     own = {"algo_config": "default", "block_size": 32, "accuracy_level": 4}
     cpu, int4 = ExecutionProvider.cpu, Precision.int4
     onnx, work = str(scratch / "onnx"), str(scratch / "work")

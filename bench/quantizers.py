@@ -18,7 +18,7 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from bench.__main__ import Worker, report, take_turns
+from bench.__main__ import Rounds, Worker, report, take_turns
 from slm.config import CONF, ROOT, WINDOW, Config
 from slm.evaluation.fidelity import compare_with_reference, write_reference
 from slm.records import OnnxModel
@@ -118,7 +118,7 @@ def main() -> None:
                 ratio, divergence, agreement = (found[key] for key in keys)
                 cells[name].append(f"{ratio:.3f}, {divergence:.3f}, {agreement:.2f}")
     columns = ["quantizer", "MB", *texts, "s", "peak MB", "decode tokens/s"]
-    rounds = {name: [] for name in models}
+    rounds: Rounds = {name: [] for name in models}
     if arguments.rounds:
         report("decode")
         threads = available_cores()

@@ -16,7 +16,7 @@ from slm.config import ROOT, Config
 from slm.errors import InfrastructureError, StepError, ToldError, UserError, is_away
 from slm.planning import require_room
 from slm.records import from_json
-from slm.running.chain import PIPELINE, Link, kept
+from slm.running.chain import Link, is_of_target, kept, of_target, pipeline
 from slm.running.killed import was_killed
 from slm.running.run import Ask
 from slm.running.summary import note_step
@@ -39,6 +39,7 @@ class Chain:
 
     def __init__(self, config: Config, model: str, target: str, overrides: list[str]) -> None:
         self.config, self.target = config, target
+        self.overrides, self.links = overrides, pipeline(config)
         self.parameters = {"model": model, "target": target, "overrides": json.dumps(overrides)}
         self.children: dict[str, Child] = {}
         self.has_room = False
@@ -57,28 +58,33 @@ class Chain:
         InfrastructureError if it was killed, StepError if it fails without a word otherwise. The
         first step that has to run first asks for the disk and memory of all that are to come.
         """
-        log.info("step %d of %d: %s", len(self.children) + 1, len(PIPELINE), link.step)
+        log.info("step %d of %d: %s", len(self.children) + 1, len(self.links), link.name)
         start = time.monotonic()
         inputs = link.inputs(self.outcomes)
         try:
-            result = kept(link.step, self.config, inputs, Ask.reuse)
+            own = of_target(self.config, link.target)
+            result = kept(link.step, own, inputs, Ask.reuse)
         except (NotKept, UserError):
             if not self.has_room:
                 require_room(self.config, self.outcomes)
                 self.has_room = True
-            self.children[link.step] = self.child(link, inputs)
+            self.children[link.name] = self.child(link, inputs)
         else:
-            log.info("%s is reused: %s", link.step, result.uri)
-            self.children[link.step] = Child(result, time.monotonic() - start, reused=True)
+            log.info("%s is reused: %s", link.name, result.uri)
+            self.children[link.name] = Child(result, time.monotonic() - start, reused=True)
 
     def child(self, link: Link, inputs: dict[str, Any]) -> Child:
         """Run a step in a process of its own, and read what it left in its MLflow run."""
         told = {k: v if isinstance(v, str) else json.dumps(v) for k, v in inputs.items()}
-        run = mlflow.get_run(self.started(link.step, {**self.parameters, **told}))
+        own = {}
+        if link.target:
+            overrides = [o for o in self.overrides if not is_of_target(o)]
+            own = {"target": link.target, "overrides": json.dumps(overrides)}
+        run = mlflow.get_run(self.started(link.step, {**self.parameters, **own, **told}))
         record = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/{RESULT}")["outcome"]
         result = from_json(link.outcome, record)
         seconds, why = run.data.metrics["duration_s"], run.data.tags.get("why", "")
-        note_step(link.step, result, seconds, why, run.info.run_id)
+        note_step(link.name, result, seconds, why, run.info.run_id)
         return Child(result, seconds, reused=not why)
 
     def started(self, step: str, parameters: dict[str, str]) -> str:

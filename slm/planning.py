@@ -20,15 +20,15 @@ from slm.config import Config, Preflight
 from slm.errors import InfrastructureError, UserError
 from slm.records import Checkpoint
 from slm.registry.kinds import require_registry
-from slm.running.chain import PIPELINE, Link, kept
+from slm.running.chain import Link, kept, of_first_target, of_target, pipeline
 from slm.running.costs import Cost, Size, cost_of
 from slm.running.memory import available_memory_gb
 from slm.running.run import Ask
 from slm.running.tracking import calling_folder, stores_exist
 from slm.running.work import NotKept, records, work_folder
 from slm.seal import require_key_to_sign
+from slm.sources.adapter import sources_of
 from slm.sources.hub import Hub
-from slm.sources.resolve import resolve
 from slm.sources.weights import read_tensors
 
 log = logging.getLogger("slm.planning")
@@ -105,15 +105,16 @@ def plan(config: Config, outcomes: Mapping[str, Any] | None = None) -> Plan:
     """
     require_registry(config.register)
     require_key_to_sign(config.signing)
-    known = dict(outcomes or {})
-    links = [link for link in PIPELINE if link.step not in known]
-    found = {link.step: ask(link, config, known) for link in links}
+    config, known = of_first_target(config), dict(outcomes or {})
+    links = [link for link in pipeline(config) if link.name not in known]
+    found = [(link, *ask(link, of_target(config, link.target), known)) for link in links]
     size = size_of(config, known.get("fetch"))
     places = places_of(config)
     steps = []
-    for step, (does, why) in found.items():
-        costs = costing(step, config, size, places) if does != REUSED else (Cost(),)
-        steps.append(Planned(step, does, why, *costs))
+    for link, does, why in found:
+        own = of_target(config, link.target)
+        costs = costing(link.step, own, size, places) if does != REUSED else (Cost(),)
+        steps.append(Planned(link.name, does, why, *costs))
     running = [planned for planned in steps if planned.does != REUSED]
     return Plan(
         steps,
@@ -158,10 +159,10 @@ def ask(link: Link, config: Config, outcomes: dict[str, Any]) -> tuple[str, str]
             return RUNS, f"never made of {config.model.name}"
         return MAY_RUN, f"if {' or '.join(waits_for)} ends otherwise"
     try:
-        outcomes[link.step] = kept(link.step, config, link.inputs(outcomes), Ask.look)
+        outcomes[link.name] = kept(link.step, config, link.inputs(outcomes), Ask.look)
     except NotKept as why:
         return RUNS, str(why)
-    return REUSED, outcomes[link.step].uri
+    return REUSED, outcomes[link.name].uri
 
 
 def costing(
@@ -173,7 +174,7 @@ def costing(
         cost = replace(cost, store_gb=0.0)  # hard links
     if cost.cache_gb:
         links = same_disk(places["cache_gb"], places["disk_gb"])
-        source = resolve(config.model)
+        source = sources_of(config.model)[1]
         there = isinstance(source, Hub) and source.cached() is not None
         cost = replace(
             cost,
@@ -196,13 +197,13 @@ def costing(
 def size_of(config: Config, checkpoint: Checkpoint | None) -> Size | None:
     """The model's size: of the checkpoint, else as conf/ or its source says; None if none does."""
     if checkpoint is not None:
-        tensors = read_tensors(Path(checkpoint.uri), config.model.source).values()
+        tensors = read_tensors(Path(checkpoint.uri), checkpoint.source).values()
         return Size(sum(tensor.size for tensor in tensors) / 1e9, checkpoint.size_mb / 1e3)
-    source, parameters = config.model.source, config.model.parameters
+    source, parameters = config.model.source or "", config.model.parameters
     stored = 4 if source.endswith(".gguf") else 2  # bytes: dequantized to float32, or in bfloat16
     if parameters:
         return Size(parameters / 1e9, stored * parameters / 1e9)
-    checkpoint_gb = resolve(config.model).weights_gb()
+    checkpoint_gb = sources_of(config.model)[1].weights_gb()
     return None if checkpoint_gb is None else Size(checkpoint_gb / stored, checkpoint_gb)
 
 

@@ -33,7 +33,6 @@ from slm.evaluation.summary import next_lines, show
 from slm.records import Registration
 from slm.registry.kinds import require_registry, tag_limit
 from slm.registry.names import CHOSEN, cut
-from slm.running.chain import PIPELINE
 from slm.running.command import entry_point, heed_another_source, typed
 from slm.running.summary import job, note, worst
 from slm.running.tracking import mlflow_run
@@ -42,7 +41,6 @@ from slm.seal import require_key_to_sign
 
 log = logging.getLogger("slm.choose")
 
-*JUDGED, REGISTER = PIPELINE
 SHARED = ("fetch", "log_transformers")  # the same for all targets: if one fails, all do
 
 
@@ -90,14 +88,14 @@ def tried(chain: Chain, budget: dict[str, Gate], smallest: Rung | None) -> Rung:
             work = work_folder(chain.config.paths.work)
             with mlflow_run("choose", work, chain.target) as run:
                 told.run_id = run.info.run_id
-                for link in JUDGED:
+                for link in chain.links[:-1]:
                     if obstacles := too_large(chain, smallest):
                         break
                     chain.run(link)
                 mlflow.set_tag("verdict", told.verdict)
                 mlflow.log_metrics(told.metrics)
         except UserError as error:
-            failed = next(link.step for link in JUDGED if link.step not in chain.children)
+            failed = next(link.step for link in chain.links[:-1] if link.step not in chain.children)
             told.error, told.exit_code = told_of(error)
             if failed in SHARED or isinstance(error, UnreachableError) or is_away(told.error):
                 raise
@@ -124,6 +122,8 @@ def chains_of(config: Config) -> list[Chain]:
     choices, given = HydraConfig.get().runtime.choices, given_overrides("target")
     if any(override.startswith("target=") for override in HydraConfig.get().overrides.task):
         raise InputError("choose takes no target; give ladder.targets=[…], or another ladder.")
+    if config.log_pyfunc.targets:
+        raise InputError("choose packages each target by itself; leave out log_pyfunc.targets.")
     chains = []
     for target in config.ladder.targets:
         own = typed(compose("config", [*given, f"target={target}"]))
@@ -135,7 +135,7 @@ def chains_of(config: Config) -> list[Chain]:
 
 def registered(winner: Rung, reason: str) -> Registration:
     """Register it, and write on its versions why it was chosen."""
-    winner.chain.run(REGISTER)
+    winner.chain.run(winner.chain.links[-1])
     registration = winner.chain.outcomes["register"]
     for made in registration.versions[: len(winner.chain.outcomes["evaluate"].candidates)]:
         MlflowClient().set_model_version_tag(

@@ -4,8 +4,8 @@
     python -m steps.export_onnx source=/data/checkpoint export.graph=auto
 
 An export counts only once a float32 twin of its graph agrees with transformers
-(slm/exporters/parity.py), its tokenizer agrees with the checkpoint's, and it has loaded and
-generated (slm/exporters/checks.py).
+(slm/exporters/parity.py), the file is what its target's name says (slm/exporters/structure.py), its
+tokenizer agrees with the checkpoint's, and it has loaded and generated (slm/exporters/checks.py).
 """
 
 import json
@@ -29,6 +29,7 @@ from slm.exporters.calibration_text import read_calibration
 from slm.exporters.checks import require_it_generates
 from slm.exporters.generation import carry_over
 from slm.exporters.process import WORKER, run_worker
+from slm.exporters.structure import kept_in_int8, require_structure
 from slm.exporters.worker import Request
 from slm.records import OnnxModel
 from slm.running.command import entry_point
@@ -88,6 +89,7 @@ def export_onnx(
         names = ", ".join(exported.rounded[:3]) + (", …" if len(exported.rounded) > 3 else "")
         notes.append(f"{len(exported.rounded)} weights with rows on no grid are rounded: {names}")
     notes += carry_over(checkpoint, onnx)
+    require_structure(onnx, target, kept_in_int8(checkpoint, target, exported.linears))
     checked_on, differences = require_it_generates(onnx, checkpoint, target)
     shutil.rmtree(calibrated, ignore_errors=True)
     arguments = builder_arguments(target) if exported.graph == "genai" else []

@@ -19,7 +19,7 @@ from slm.config import Config
 from slm.evaluation import comparison
 from slm.evaluation.summary import next_lines, show
 from slm.registry.kinds import require_registry
-from slm.running.chain import PIPELINE
+from slm.running.chain import of_first_target
 from slm.running.command import entry_point
 from slm.running.summary import CURRENT, note
 from slm.running.tracking import mlflow_run
@@ -30,12 +30,14 @@ from slm.seal import require_key_to_sign
 def main(config: Config) -> None:
     require_registry(config.register)
     require_key_to_sign(config.signing)
-    choices = HydraConfig.get().runtime.choices
-    chain = Chain(config, choices["model"], choices["target"], overrides_for_children())
-    with mlflow_run("main", work_folder(config.paths.work), config.target.name) as run:
+    choices, asked = HydraConfig.get().runtime.choices, config
+    config = of_first_target(config)
+    target = choices["target"] if config is asked else config.target.name
+    chain = Chain(config, choices["model"], target, overrides_for_children())
+    with mlflow_run("main", work_folder(config.paths.work), config.target_name) as run:
         note(run_id=run.info.run_id)
-        mlflow.log_params({"model.name": config.model.name, "target.name": config.target.name})
-        for link in PIPELINE:
+        mlflow.log_params({"model.name": config.model.name, "target.name": config.target_name})
+        for link in chain.links:
             chain.run(link)
         evaluation, registration = (
             chain.children[step].outcome for step in ("evaluate", "register")

@@ -23,8 +23,8 @@ WAIT = timedelta(hours=1)  # an image is built for each version
 
 def serve(endpoint: str, model: str, workload_type: str = "CPU") -> None:
     """Make the endpoint, or move it to the champion's version, and wait until it serves that."""
-    config = Config(retry_timeout_seconds=PATIENCE_S, http_timeout_seconds=PATIENCE_S)
-    client, (*schema, name) = WorkspaceClient(config=config), model.split(".", 2)
+    patient = Config(retry_timeout_seconds=PATIENCE_S, http_timeout_seconds=PATIENCE_S)
+    client, (*schema, name) = WorkspaceClient(config=patient), model.split(".", 2)
     model = ".".join([*schema, name.replace(".", "_")]).lower()  # as slm/registry/names.py names it
     version = str(client.model_versions.get_by_alias(model, "champion").version)
     entity = {

@@ -110,8 +110,9 @@ def calibrate(
     started = time.monotonic()
     for i, (layer, call) in enumerate(calls):
         left = f", {(time.monotonic() - started) / i * (len(layers) - i):.0f} s left" if i else ""
-        said(f"calibrating layer {i} of {len(layers)}{left}")
         file = Saved(folder / f"{i}.safetensors", rounding.block_size)
+        doing = "passing through calibrated" if file.arrays else "calibrating"
+        said(f"{doing} layer {i} of {len(layers)}{left}")
         with decoder.filled(layer):
             if file.arrays:
                 whole = [output_of(call(layer, hidden)) for hidden in whole]

@@ -83,11 +83,14 @@ class Rtn:
         padded = np.pad(rows.astype(np.float32), ((0, 0), (0, missing)))
         return padded.reshape(len(rows), -1, self.block_size)
 
+    def scales_of(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """The scales of blocks by their lowest and highest values."""
+        return np.where(np.abs(high) > np.abs(low), high, low) / -np.float32(2 ** (self.bits - 1))
+
     def round_blocks(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The integers, uint8 [rows, blocks, block_size], and scales [rows, blocks] of blocks."""
         zero_point = np.float32(2 ** (self.bits - 1))
-        low, high = blocks.min(-1), blocks.max(-1)
-        scales = np.where(np.abs(high) > np.abs(low), high, low) / -zero_point
+        scales = self.scales_of(blocks.min(-1), blocks.max(-1))
         steps = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
         exact = blocks * steps[..., None] + zero_point
         rounded = np.floor(exact)
@@ -131,13 +134,15 @@ def write(
     path: Path,
     quantizer: Quantizer | None,
     said: Callable[[int, int, str], None],
+    put: Callable[[ir.Model, "Product", Quantizer, BinaryIO], None] | None = None,
 ) -> None:
     """Write a model, its weights beside it in `path`.data, quantized if there is a `quantizer`.
 
-    `said` is told of each tensor: how many are written, of how many, and its name. Raises StepError
-    where a weight is not finite, OSError that names the tensor where it cannot be written.
+    `put` puts quantized weights in the place of floats, `quantize_product` if None. `said` is told
+    of each tensor: how many are written, of how many, and its name. Raises StepError where a weight
+    is not finite, OSError that names the tensor where it cannot be written.
     """
-    graph = model.graph
+    graph, put = model.graph, put or quantize_product
     products = list(weights_of_products(graph)) if quantizer else []
     weights = {product.name for product in products}
     total = len(weights | graph.initializers.keys())
@@ -146,7 +151,7 @@ def write(
         if quantizer:
             for written, product in enumerate(products, 1):
                 with naming(product.name, data_path):
-                    quantize_product(model, product, quantizer, data)
+                    put(model, product, quantizer, data)
                 said(written, total, product.name)
             remove_unused(graph)
         values = [value for value in graph.initializers.values() if not is_written(value)]
@@ -214,8 +219,7 @@ def quantize_product(
     lookups = lookups if product.transposed else []
     looked_up = bool(lookups) or named(graph, f"{product.name}_Q4") is not None
     parts = quantizer.quantize(product.name, array, looked_up)
-    if not all(np.isfinite(scales).all() for _, scales in parts):
-        raise StepError(f"{product.name} holds NaN or infinity: the checkpoint is damaged.")
+    require_finite(product.name, *(scales for _, scales in parts))
     own = {"block_size": block_size}
     if quantizer.accuracy_level:
         own["accuracy_level"] = quantizer.accuracy_level
@@ -261,8 +265,18 @@ def quantize_product(
         ]
         replace(graph, lookup, "Slice", [whole.outputs[0], *ends], {})
     model.opset_imports.setdefault(MICROSOFT, 1)
+    drop_unread(graph, weight)
+
+
+def require_finite(name: str, *scales: np.ndarray) -> None:
+    if not all(np.isfinite(each).all() for each in scales):
+        raise StepError(f"{name} holds NaN or infinity: the checkpoint is damaged.")
+
+
+def drop_unread(graph: ir.Graph, weight: ir.Value) -> None:
+    """Drop a weight that no node reads any more."""
     if not weight.uses():
-        del graph.initializers[product.name]
+        del graph.initializers[str(weight.name)]
         weight.const_value = None
 
 
@@ -360,8 +374,10 @@ def stored(tensor: ir.TensorProtocol | None, data: BinaryIO) -> ir.TensorProtoco
     alignment = LARGE_ALIGNMENT if tensor.nbytes > LARGE else ALIGNMENT
     data.seek(-(-data.tell() // alignment) * alignment)
     offset = data.tell()
-    array = np.ascontiguousarray(tensor.numpy())
-    left = array.reshape(-1).view(np.uint8).data
+    if tensor.dtype.bitwidth < 8:  # numpy has a byte for each
+        left = memoryview(tensor.tobytes())
+    else:
+        left = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
     while left:
         left = left[data.write(left) :]
     path = Path(data.name)

@@ -9,6 +9,7 @@ from slm.errors import StepError
 from slm.exporters.builder import Save
 
 HALF = "f16"
+TRT_RTX = "trt-rtx"  # mobius's word
 DTYPES = {Precision.fp32: "f32", Precision.fp16: HALF, Precision.bf16: "bf16"}
 
 
@@ -27,9 +28,10 @@ def make(
             "mobius makes float graphs: its int4 is by target.quantizer=rtn, not by the builder's."
         )
     own = target.execution_provider
+    provider = TRT_RTX if own is ExecutionProvider.NvTensorRtRtx else own.value
     dtype = DTYPES.get(precision, "f32" if own is ExecutionProvider.cpu else HALF)
     try:
-        package = mobius.build(str(checkpoint), dtype=dtype, execution_provider=own.value)
+        package = mobius.build(str(checkpoint), dtype=dtype, execution_provider=provider)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise StepError(f"mobius does not support it: {type(error).__name__}: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +40,7 @@ def make(
     write_ort_genai_config(
         package,
         str(folder),
-        ep=own.value,
+        ep=provider,
         context_length=context,
         local_config_dir=str(checkpoint),
     )

@@ -127,8 +127,8 @@ def write_twin(checkpoint: Path, folder: Path, text: str, most: int) -> Twin:
 
 def twin_precision(target: Target) -> Precision:
     """float32, but where onnxruntime-genai 0.18's builder makes no graph in it for the provider."""
-    only_half = (ExecutionProvider.cuda, ExecutionProvider.dml)
-    return Precision.fp16 if target.execution_provider in only_half else Precision.fp32
+    both = (ExecutionProvider.cpu, ExecutionProvider.webgpu)
+    return Precision.fp32 if target.execution_provider in both else Precision.fp16
 
 
 def compare(

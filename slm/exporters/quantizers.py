@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from slm.config import WINDOW, ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import InputError, StepError
-from slm.exporters import graph
+from slm.exporters import dequantized, graph
 from slm.exporters.grid import Grid
 from slm.running.whole import write_whole
 from slm.running.work import locked
@@ -65,7 +65,9 @@ def quantizer_of(
     if bits is None:
         return None
     block_size = target.builder_options["block_size"]
-    accuracy_level = target.builder_options.get("accuracy_level", 0)
+    accuracy_level = target.accuracy_level
+    if target.execution_provider is ExecutionProvider.NvTensorRtRtx:
+        return dequantized.PositiveRtn(bits, block_size)
     if target.quantizer is Quantizer.rtn:
         return graph.Rtn(bits, block_size, accuracy_level)
     if target.quantizer is Quantizer.grid:

@@ -116,8 +116,8 @@ def write_state(
 ) -> None:
     """Note how many layers the pass back has before it, the gradients there, and what it found."""
     with in_one_motion(scratch / STATE) as path, path.open("wb") as file:
-        own = {"left": left, "slopes": torch.cat(slopes).numpy(), "found": json.dumps(found)}
-        np.savez(file, **own)
+        own = torch.cat(slopes).numpy()
+        np.savez(file, left=np.array(left), slopes=own, found=np.array(json.dumps(found)))
 
 
 def read_state(scratch: Path) -> tuple[int | None, list[torch.Tensor], dict[str, float]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from slm.config import Quantizer, Target
 from slm.errors import StepError, as_user_error, one_line, words_for
-from slm.exporters import builder, graph, mobius, parity
+from slm.exporters import builder, dequantized, graph, mobius, parity
 from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
 from slm.exporters.quantizers import MIXED, quantizer_of, require_kept, require_possible
@@ -86,7 +86,9 @@ def export(request: Request) -> Exported:
         if not (target.quantizer is Quantizer.builder and target.precision.bits):
             make = partial(MAKERS[maker], checkpoint)
             quantizer = quantizer_of(request, make, partial(say, 0, 0))
-            save = partial(graph.write, quantizer=quantizer, said=say)
+            reads_floats = isinstance(quantizer, dequantized.PositiveRtn)
+            put = dequantized.put if reads_floats else graph.quantize_product
+            save = partial(graph.write, quantizer=quantizer, said=say, put=put)
         MAKERS[maker](checkpoint, target, target.precision, onnx, save)
     rounded = require_kept(quantizer) if isinstance(quantizer, Grid) else []
     seconds = round(time.monotonic() - started - agreed.seconds, 1)

@@ -29,6 +29,7 @@ from slm.registry.names import (
     registered_name,
     version_uri,
 )
+from slm.running.lineage import training_link, training_run, training_tags
 from slm.running.tracking import environment, logged_model_exists, store_variables
 from slm_pyfunc.verify import PUBLIC_KEY
 
@@ -60,6 +61,8 @@ def entry_of(
             f"The checkpoint of {model.model} as it is, served by MLflow's transformers flavor: "
             "the reference that its ONNX models are held against."
         )
+    if run := training_link(model.provenance):
+        description = f"Trained by the run {run}.\n\n{description}"
     tags = provenance_tags(model) | judged | {names.CONDITIONS: evaluation.conditions}
     tags[names.SIGNED_BY] = key
     tags = {key: cut(value, tag_limit()) for key, value in tags.items() if value}
@@ -74,12 +77,13 @@ def provenance_tags(model: LoggedModel) -> dict[str, str]:
         names.CONTENT: model.content,
         names.INTERFACE: model.interface,
         names.TARGET: model.target,
-        names.SOURCE: origin.source,
+        names.SOURCE: provenance.described_source,
         names.REVISION: origin.revision,
         names.LICENCE: origin.licence,
         names.VERSIONS: json.dumps(provenance.versions),
         names.SHA256: json.dumps(weights),
         names.LOGGED_MODEL: model.model_id,
+        **training_tags(model.provenance),
     }
 
 
@@ -155,6 +159,9 @@ def version_of(client: MlflowClient, entry: Entry) -> ModelVersion:
 def make_version(client: MlflowClient, entry: Entry) -> ModelVersion:
     """Make a version; in Unity Catalog from a copy of the logged model's files.
 
+    Its source run, as MLflow's page of it shows, is the one that trained the weights, if that is
+    known; the logged model's is the one that packaged them.
+
     MLflow 3.17 uploads to Unity Catalog from the logged model's own folder if that lies on this
     machine: it writes into the folder, and deletes it if its place is a file: URI. Waits for a
     public way to say where a copy lies. Raises StepError if the client of the cloud's storage is
@@ -166,6 +173,7 @@ def make_version(client: MlflowClient, entry: Entry) -> ModelVersion:
         "tags": entry.tags,
         "description": entry.description,
         "model_id": entry.model.model_id,
+        "run_id": training_run(entry.model.provenance) or None,
     }
     if not is_unity_catalog():
         return created_once(client, says)

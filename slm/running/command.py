@@ -167,6 +167,11 @@ def heed_another_source(config: Config, overrides: list[str], chosen: str) -> li
     the chosen model, and could become its champion.
     """
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    if "model.adapter" in given and "model.name" not in given:
+        raise InputError(
+            "model.adapter is overridden, and model.name is not: the merged model is another one. "
+            "Give model.name=<its own name>."
+        )
     if "model.source" not in given:
         return []
     if "model.name" not in given:

@@ -46,10 +46,11 @@ def cost_of(step: str, size: Size, config: Config) -> Cost:
     precision = config.target.precision
     per_weight = ONNX_BYTES.get(precision.bits or 0, FLOAT_BYTES.get(precision, 2.0))
     onnx, interfaces = weights * per_weight, len(config.log_pyfunc.interfaces)
+    logged = onnx * interfaces * max(1, len(config.log_pyfunc.targets))
     costs = {
-        "fetch": fetching(config.model.source, size),
+        "fetch": fetching(str(config.model.source), size, bool(config.model.adapter)),
         "export_onnx": exporting(config.target.quantizer, weights, onnx),
-        "log_pyfunc": Cost(0.0, LIBRARIES_GB + onnx, 6 + 15 * weights, store_gb=onnx * interfaces),
+        "log_pyfunc": Cost(0.0, LIBRARIES_GB + onnx, 6 + 15 * weights, store_gb=logged),
         "log_transformers": Cost(0.0, LIBRARIES_GB, 4 + 4 * checkpoint, store_gb=checkpoint),
         "evaluate": Cost(0.0, LIBRARIES_GB + 1.4 * checkpoint, 20 + 430 * weights),
         "register": Cost(0.0, LIBRARIES_GB + 1.4 * checkpoint, 12 + 50 * weights),
@@ -57,15 +58,20 @@ def cost_of(step: str, size: Size, config: Config) -> Cost:
     return costs[step]
 
 
-def fetching(source: str, size: Size) -> Cost:
+def fetching(source: str, size: Size, merges: bool) -> Cost:
     """A GGUF is loaded to be dequantized; safetensors take as long as the network does.
 
-    What comes from the hub lies in its cache too.
+    A base lies beside the checkpoint until an adapter is merged into it. What comes from the hub
+    lies in its cache too.
     """
+    checkpoint = size.checkpoint_gb
+    cached = checkpoint if source.startswith("hf://") else 0.0
+    if merges:
+        memory, seconds = LIBRARIES_GB + 1.5, 20 * size.weights
+        return Cost(checkpoint, memory, seconds, cache_gb=cached, scratch_gb=checkpoint)
     if source.endswith(".gguf"):
-        return Cost(size.checkpoint_gb, LIBRARIES_GB + 2 * size.checkpoint_gb, 200 * size.weights)
-    cached = size.checkpoint_gb if source.startswith("hf://") else 0.0
-    return Cost(size.checkpoint_gb, LIBRARIES_GB, cache_gb=cached)
+        return Cost(checkpoint, LIBRARIES_GB + 2 * checkpoint, 200 * size.weights, cache_gb=cached)
+    return Cost(checkpoint, LIBRARIES_GB, cache_gb=cached)
 
 
 def exporting(quantizer: Quantizer, weights: float, onnx_gb: float) -> Cost:

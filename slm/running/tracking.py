@@ -287,6 +287,8 @@ def local_path(uri: str | None, parameter: str, made_by: str) -> Path:
         raise InputError(
             f"{parameter} is missing: pass the URI that {made_by} ended with, as {parameter}=<uri>."
         )
+    if not isinstance(uri, str):
+        raise InputError(f"{parameter} is {uri}; it must be one URI, that {made_by} ended with.")
     path = ROOT / Path(uri.removeprefix("file://")).expanduser()
     if path.exists():
         return path

@@ -11,6 +11,8 @@ import numpy as np
 
 CAPACITY_STEP = 256  # keys and values are allocated for a multiple of so many tokens
 PROMPT_PIECE = 256  # tokens of a prompt per call; bounds the memory of logits and attention scores
+# The session option, in genai_config.json, of where weights are, relative to its folder.
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 LONGROPE_SWITCH = 4096  # tokens; beyond them Phi's LongRoPE graphs use other factors
 
 

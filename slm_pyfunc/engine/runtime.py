@@ -25,7 +25,7 @@ from .generator_decoder import GeneratorDecoder
 from .sampling import Sampler, log_softmax
 from .scheduler import Completion, Event, Scheduler, Sequence, receive
 
-PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
+PROVIDERS = ("cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx")
 Prompt = str | list[int]  # a text, or the tokens of one
 LOADED: "weakref.WeakSet[Runtime]" = weakref.WeakSet()
 
@@ -33,7 +33,7 @@ LOADED: "weakref.WeakSet[Runtime]" = weakref.WeakSet()
 class Runtime:
     """An ONNX folder, loaded: what the exporter wrote, and how to serve it.
 
-    `execution_provider` is one of cpu, cuda, dml, webgpu. `sha256` holds digests that files of the
+    `execution_provider` is one of PROVIDERS. `sha256` holds digests that files of the
     folder must have. `defaults` are Parameters by name, for what differs from the checkpoint's
     generation_config. The rest are Settings by name.
 
