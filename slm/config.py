@@ -94,16 +94,19 @@ class Objective(enum.Enum):
 
 
 class Graph(enum.Enum):
-    """Who makes the graph; `auto` is the first of them whose twin agrees with transformers."""
+    """Who makes the graph; `auto` is the first of two whose twin agrees with transformers.
+
+    It leaves out optimum, which needs an environment of its own and the whole model in memory.
+    """
 
     genai = "genai"
     mobius = "mobius"
+    optimum = "optimum"
     auto = "auto"
 
     @property
     def makers(self) -> list[str]:
-        every = [graph.value for graph in Graph if graph is not Graph.auto]
-        return every if self is Graph.auto else [self.value]
+        return ["genai", "mobius"] if self is Graph.auto else [self.value]
 
 
 def user_cache() -> str:

@@ -14,9 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from slm.config import ROOT, WINDOW, Config, Export, Target
+from slm.config import ROOT, WINDOW, Config, Export, Graph, Target
 from slm.digests import (
     Provenance,
+    digest_files,
     digest_of,
     read_provenance,
     require_files,
@@ -24,6 +25,7 @@ from slm.digests import (
     write_provenance,
 )
 from slm.errors import InputError
+from slm.exporters import optimum
 from slm.exporters.builder import builder_arguments
 from slm.exporters.calibration_text import read_calibration
 from slm.exporters.checks import require_it_generates
@@ -61,6 +63,8 @@ def export_onnx(
 ) -> OnnxModel:
     """Make the graph and its weights, check them, and record how they were made."""
     onnx, scratch = folder / "onnx", folder / "scratch"
+    if settings.graph is Graph.optimum:
+        optimum.python()  # now, with its minutes on the terminal
     calibrated, shared = calibrated_of(folder), shared_of(folder, provenance, target, settings)
     calibration = calibration_of(target, settings)
     texts = [json.loads(line)["text"] for line in TEXTS.read_text().splitlines()]
@@ -92,6 +96,7 @@ def export_onnx(
     require_structure(onnx, target, kept_in_int8(checkpoint, target, exported.linears))
     checked_on, differences = require_it_generates(onnx, checkpoint, target)
     shutil.rmtree(calibrated, ignore_errors=True)
+    pinned = optimum.versions() if settings.graph is Graph.optimum else {}
     arguments = builder_arguments(target) if exported.graph == "genai" else []
     onnx_provenance = write_provenance(
         onnx,
@@ -103,7 +108,7 @@ def export_onnx(
         quantizer=target.quantizer.value if target.precision.bits else "",
         calibration=calibration | ({"linears": exported.linears} if exported.linears else {}),
         builder_arguments=arguments,
-        versions=versions(*LIBRARIES),
+        versions=versions(*LIBRARIES) | pinned,
         notes=notes,
     )
     return OnnxModel(
@@ -155,6 +160,11 @@ def calibration_of(target: Target, settings: Export) -> dict[str, Any]:
     return {"text": text, "tokens": settings.calibration_tokens, **own}
 
 
+def project_of(graph: Graph) -> dict[str, Any]:
+    """What shapes a graph besides this project's modules: the files of optimum's project."""
+    return {"project": digest_files(optimum.PROJECT)} if graph is Graph.optimum else {}
+
+
 def main(config: Config) -> OnnxModel:
     checkpoint = local_path(config.source, "source", "fetch")
     require_files(checkpoint, "config.json", made_by="fetch")
@@ -184,6 +194,7 @@ def main(config: Config) -> OnnxModel:
             "export": asdict(replace(config.export, calibration="", calibration_tokens=WINDOW)),
             "calibration": calibration_of(config.target, config.export),
             "versions": versions(*LIBRARIES),
+            **project_of(config.export.graph),
         },
         make=make,
     )

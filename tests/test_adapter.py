@@ -147,6 +147,18 @@ def with_a_weight_more(adapter: Path, base: Path) -> None:
     save_file({**load_file(path), name: torch.ones(4, 64)}, path)
 
 
+def without_a_weight(adapter: Path, base: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights.pop(next(name for name in weights if "lora_A" in name))
+    save_file(weights, path)
+
+
+def truncated(adapter: Path, base: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
 def quantized_base(adapter: Path, base: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes"}
@@ -160,6 +172,9 @@ def quantized_base(adapter: Path, base: Path) -> None:
             of_other_shapes,
             r"does not fit its base: it is an adapter of another .*layers\.0",
         ),
+        (without_a_weight, r"lacks base_model\.model\..*lora_A.*it was not saved whole"),
+        (lambda a, _: told(a, modules_to_save=["lm_head"]), r"lacks base_model\.model\.lm_head"),
+        (truncated, r"adapter_model\.safetensors is truncated or damaged"),
         (with_a_weight_more, r"holds .*layers\.9.*, which its base has no place for"),
         (lambda a, _: told(a, target_modules=["c_attn"]), r"does not fit its base: .*c_attn"),
         (lambda a, _: told(a, peft_type="PROMPT_TUNING"), r"of PEFT's type PROMPT_TUNING; merged"),
@@ -171,7 +186,19 @@ def quantized_base(adapter: Path, base: Path) -> None:
             r"has no adapter_model\.safetensors, only adapter_model\.bin: a pickle runs code",
         ),
     ],
-    ids=["shapes", "more", "modules", "type", "tokens", "quantized", "no-config", "pickle"],
+    ids=[
+        "shapes",
+        "less",
+        "no-module",
+        "truncated",
+        "more",
+        "modules",
+        "type",
+        "tokens",
+        "quantized",
+        "no-config",
+        "pickle",
+    ],
 )
 def test_an_adapter_that_does_not_fit_is_one_clear_line(
     lettered: Path, tmp_path: Path, spoil: Callable[[Path, Path], object], words: str

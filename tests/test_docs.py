@@ -10,7 +10,7 @@ from slm.running.hydra_errors import keys_beside
 from tests.conftest import composed
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-FOLDERS = ("bench", "conf", "data", "docs", "slm", "slm_pyfunc", "steps", "tests")
+FOLDERS = ("bench", "conf", "data", "docs", "exporters", "slm", "slm_pyfunc", "steps", "tests")
 GROUPS = (
     "model",
     "target",

@@ -53,6 +53,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen2": {"max_window_layers": 1, "use_sliding_window": True, "sliding_window": None},
     "Gemma2": {"head_dim": 16, "sliding_window": 64},
     "Gemma3Text": {"head_dim": 16, "sliding_window": 64},
+    # Has names of its own for the shape, the context length among them, and no key for these two.
+    "GPT2": {"num_key_value_heads": 4, "intermediate_size": 256},
     "Qwen3": {"head_dim": 16},
     "SmolLM3": {"no_rope_layers": [1, 0]},
     "Granite": {
@@ -72,6 +74,7 @@ EXPECTED = {
     "Qwen2": f"plain genai, window genai, {ROPES}",
     "Gemma2": "plain genai, linear genai, yarn, dynamic genai, llama3 genai, longrope",
     "Gemma3Text": "plain genai",
+    "GPT2": "plain mobius",
     "Qwen3": "plain genai",
     "SmolLM3": "plain genai",
     "Granite": "plain genai",

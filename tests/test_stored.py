@@ -91,6 +91,8 @@ def test_a_folder_of_a_bucket_is_the_revision_of_the_same_local_folder(
     at_bucket: Bucket, lettered: Path, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = at_bucket.put(lettered)
+    size = (lettered / "model.safetensors").stat().st_size
+    assert source_of(uri).weights_gb() == size / 1e9  # for plan, before anything is brought
     fetched = project.call("fetch", *own(uri))
     assert (fetched.source, fetched.revision) == (uri, source_of(str(lettered)).revision)
     monkeypatch.setattr(

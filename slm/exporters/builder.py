@@ -80,7 +80,7 @@ def window_of_every_layer(config: Any) -> None:
 
 def rope_of_newer_configurations(config: Any) -> None:
     """Set what the builder reads under names that transformers 5 no longer writes."""
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None)  # GPT-2 and its like have none
     if (
         isinstance(rope, dict) and "sliding_attention" in rope
     ):  # Gemma 3: one for each kind of layer

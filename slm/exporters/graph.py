@@ -154,7 +154,7 @@ def write(
                     put(model, product, quantizer, data)
                 said(written, total, product.name)
             remove_unused(graph)
-        values = [value for value in graph.initializers.values() if not is_written(value)]
+        values = [value for value in graph.initializers.values() if not is_in(data_path, value)]
         for left, value in zip(reversed(range(len(values))), values, strict=True):
             with naming(str(value.name), data_path):
                 value.const_value = stored(value.const_value, data)
@@ -369,8 +369,8 @@ def stored(tensor: ir.TensorProtocol | None, data: BinaryIO) -> ir.TensorProtoco
     Small ones stay in the graph: onnxruntime has to read shapes and axes before it opens the file.
     """
     assert tensor is not None
-    if tensor.nbytes < SMALL:
-        return tensor
+    if tensor.nbytes < SMALL:  # may be in a file that the graph does not keep
+        return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
     alignment = LARGE_ALIGNMENT if tensor.nbytes > LARGE else ALIGNMENT
     data.seek(-(-data.tell() // alignment) * alignment)
     offset = data.tell()
@@ -392,8 +392,10 @@ def stored(tensor: ir.TensorProtocol | None, data: BinaryIO) -> ir.TensorProtoco
     )
 
 
-def is_written(value: ir.Value) -> bool:
-    return isinstance(value.const_value, ir.ExternalTensor)
+def is_in(data_path: Path, value: ir.Value) -> bool:
+    """Whether a tensor is written already, and not in a file that it is read from."""
+    tensor = value.const_value
+    return isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) == data_path
 
 
 def remove_unused(graph: ir.Graph) -> None:

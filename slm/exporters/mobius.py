@@ -1,12 +1,12 @@
 """Graphs by mobius-onnx, of ONNX Runtime's makers: architectures and rotary embeddings that
 onnxruntime-genai's builder lacks. It quantizes nothing itself."""
 
-import json
 from pathlib import Path
 
 from slm.config import ExecutionProvider, Precision, Target
 from slm.errors import StepError
 from slm.exporters.builder import Save
+from slm.sources.verify import context_length_of
 
 HALF = "f16"
 TRT_RTX = "trt-rtx"  # mobius's word
@@ -22,6 +22,7 @@ def make(
     """
     import mobius
     from mobius.integrations.ort_genai import write_ort_genai_config
+    from transformers import AutoConfig
 
     if save is None:
         raise StepError(
@@ -36,11 +37,10 @@ def make(
         raise StepError(f"mobius does not support it: {type(error).__name__}: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     save(package["model"], folder / "model.onnx")
-    context = json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]
     write_ort_genai_config(
         package,
         str(folder),
         ep=provider,
-        context_length=context,
+        context_length=context_length_of(AutoConfig.from_pretrained(checkpoint)),
         local_config_dir=str(checkpoint),
     )

@@ -10,12 +10,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import mlflow
 from tqdm import tqdm
 
 from slm.config import ROOT
 from slm.errors import KilledError, error_of
 from slm.exporters.worker import MARK, Exported, Request
 from slm.records import from_json
+from slm.running.tracking import store_variables
 from slm.running.work import enum_value
 
 log = logging.getLogger("slm.export")
@@ -36,6 +38,8 @@ def run_worker(request: Request) -> Exported:
     log.info("%s", " ".join(command))
     own = {"ORT_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     own["HF_HUB_OFFLINE"] = "1"
+    if run := mlflow.active_run():
+        own |= {**store_variables(), "MLFLOW_RUN_ID": run.info.run_id}  # what it runs are children
     # The column loops of gptq.py are of small products, which threads only slow down.
     own["OPENBLAS_NUM_THREADS"] = "1"
     process = subprocess.Popen(

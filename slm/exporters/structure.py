@@ -27,8 +27,9 @@ PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "Conv")
 # What a weight may go through on the way to its product.
 BETWEEN = ("Transpose", "Cast", "Reshape", "Identity", "DequantizeLinear")
 DOMAINS = ("", "ai.onnx", "com.microsoft")
-# Of the default domain: onnxruntime-genai 0.18's builder writes 22, mobius-onnx 0.1 up to 24.
-OPSETS = range(21, 25)
+# Of the default domain: onnxruntime-genai 0.18's builder writes 22, mobius-onnx 0.1 up to 24,
+# optimum-onnx 0.1 18 at least.
+OPSETS = range(18, 25)
 INTEGER_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 

@@ -17,17 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slm.config import Quantizer, Target
+from slm.config import Graph, Quantizer, Target
 from slm.errors import StepError, as_user_error, one_line, words_for
-from slm.exporters import builder, dequantized, graph, mobius, parity
+from slm.exporters import builder, dequantized, graph, mobius, optimum, parity
 from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
 from slm.exporters.quantizers import MIXED, quantizer_of, require_kept, require_possible
 from slm.records import from_json
-from slm.running.memory import peak_rss_mb, releasing_mapped
+from slm.running.memory import peak_with_children_mb, releasing_mapped
 from slm.running.orphans import end_with_parent
 
-MAKERS = {"genai": builder.make, "mobius": mobius.make}
+MAKERS = {"genai": builder.make, "mobius": mobius.make, "optimum": optimum.make}
 MARK = "@progress "  # begins the lines that the parent reads
 
 
@@ -94,7 +94,7 @@ def export(request: Request) -> Exported:
     seconds = round(time.monotonic() - started - agreed.seconds, 1)
     mixed = Path(request.calibrated) / MIXED
     linears = json.loads(mixed.read_text()) if mixed.is_file() else {}
-    peak_mb = round(peak_rss_mb(), 1)
+    peak_mb = peak_with_children_mb()
     return Exported(maker, agreed, refused, seconds, peak_mb, rounded, linears)
 
 
@@ -153,8 +153,10 @@ def refusal(checkpoint: Path, makers: list[str], refused: dict[str, str], compar
     special = parity.special_settings(config)
     has = f" Its config.json has {', '.join(special)}." if special else ""
     tried = "; ".join(f"{maker}: {why.rstrip('.')}" for maker, why in refused.items())
-    others = [name for name in MAKERS if name not in makers]
-    cure = f" Try export.graph=auto, which also asks {', '.join(others)}." if others else ""
+    others = [name for name in Graph.auto.makers if name not in makers]
+    cure = " Try export.graph=optimum, which makes an environment of its own."
+    if others:
+        cure = f" Try export.graph=auto, which also asks {', '.join(others)}."
     name = config["architectures"][0]
     words = f"no graph of {name} means what its checkpoint means"
     if not compared:

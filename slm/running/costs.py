@@ -5,9 +5,9 @@ size only (fetch, the logging steps, evaluate with `evaluate=smoke`, register) g
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from slm.config import Config, Precision, Quantizer
+from slm.config import Config, Graph, Precision, Quantizer
 
 # Bytes of an ONNX folder for each weight: scales and an embedding in more bits included.
 ONNX_BYTES = {4: 0.7, 8: 1.2}
@@ -55,6 +55,8 @@ def cost_of(step: str, size: Size, config: Config) -> Cost:
         "evaluate": Cost(0.0, LIBRARIES_GB + 1.4 * checkpoint, 20 + 430 * weights),
         "register": Cost(0.0, LIBRARIES_GB + 1.4 * checkpoint, 12 + 50 * weights),
     }
+    if step == "export_onnx" and config.export.graph is Graph.optimum:
+        return replace(costs[step], memory_gb=None, seconds=None)  # by what torch traces
     return costs[step]
 
 

@@ -37,7 +37,7 @@ from slm.sources.weights import Tensor, listed, quiet_transformers, read_tensors
 
 log = logging.getLogger("slm.sources")
 
-SHARD_BYTES = 256 << 20
+SHARD_BYTES = 128 << 20  # twice in memory while a shard is written
 PREFIX = "base_model.model."  # of the names in an adapter's file
 NAME = "default"  # what PEFT calls the adapter
 HUB_NAME = r"[\w.-]+/[\w.-]+"
@@ -155,7 +155,7 @@ def merge(base: Path, adapter: Path, where: str, out: Path) -> None:
             f"the base of {where} is quantized, and an adapter is merged into floats alone: give "
             "the base as it was before as model.source."
         )
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     for path in base.iterdir():
         if not is_weights(path.name) and path.name != INDEX:
@@ -165,8 +165,10 @@ def merge(base: Path, adapter: Path, where: str, out: Path) -> None:
         with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as file:
             merged = Merge(base, adapter, tensors, file, where)
             write_shards(merged.weights(), out)
-    except OSError as error:
-        raise InputError(f"{where}: {ADAPTER_WEIGHTS} cannot be read: {error}") from error
+    except SafetensorError as error:
+        raise InputError(
+            f"{where}: {ADAPTER_WEIGHTS} is truncated or damaged. Fetch it again."
+        ) from error
     if rows := merged.rows:
         path = out / "config.json"
         write_json(path, read_json(path) | {"vocab_size": rows})
@@ -205,18 +207,37 @@ class Merge:
                 if part != "base_layer":
                     child.to_empty(device="cpu")
         prefixes = tuple(f"{PREFIX}{name}." for name in self.adapted)
-        state = {key: self.file.get_tensor(key) for key in self.left if key.startswith(prefixes)}
-        self.left -= state.keys()
-        for name, wrapper in self.modules("ModulesToSaveWrapper"):  # read as they are written
-            for part, weight in wrapper.original_module.named_parameters():
-                state[f"{PREFIX}{name}.{part}"] = torch.empty_like(weight, device="meta")
+        held = {key for key in self.left if key.startswith(prefixes)}
+        state = {key: self.file.get_tensor(key) for key in held}
+        whole = {  # read as they are written
+            f"{PREFIX}{name}.{part}": torch.empty_like(weight, device="meta")
+            for name, wrapper in self.modules("ModulesToSaveWrapper")
+            for part, weight in wrapper.original_module.named_parameters()
+        }
+        missing = whole.keys() - self.left
+        self.left -= held
         try:
-            set_peft_model_state_dict(self.model, state, NAME)
+            loaded = set_peft_model_state_dict(self.model, state | whole, NAME)
         except (RuntimeError, KeyError) as error:
             raise InputError(
                 f"{self.where} does not fit its base: it is an adapter of another model, or "
                 f"damaged: {one_line(error)[:300]}"
             ) from error
+        missing |= self.numbers() & set(loaded.missing_keys)
+        if missing:
+            raise InputError(
+                f"{self.where} lacks {listed(sorted(missing))}, which its {ADAPTER_CONFIG} asks "
+                "for: it was not saved whole. Save it again."
+            )
+
+    def numbers(self) -> set[str]:
+        """The adapter's parameters, as PEFT calls them."""
+        return {
+            f"{PREFIX}{name}.{part}"
+            for name, module in self.adapted.items()
+            for part, _ in module.named_parameters()
+            if not part.startswith("base_layer.")
+        }
 
     def weights(self) -> Iterator[tuple[str, Any]]:
         """Every weight of the merged model by name, in the order of the base's names."""
@@ -277,7 +298,12 @@ class Merge:
         layer = module.get_base_layer()
         parts = sorted(part for part, _ in layer.named_parameters())
         layer.load_state_dict({p: self.base_weight(f"{name}.{p}") for p in parts}, assign=True)
-        module.merge(adapter_names=[NAME])
+        try:
+            module.merge(adapter_names=[NAME])
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise InputError(
+                f"{self.where} cannot be merged into {name}: {one_line(error)[:300]}"
+            ) from error
         yield from [(f"{name}.{part}", getattr(layer, part).data) for part in parts]
         module.to("meta")
 

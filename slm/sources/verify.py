@@ -45,6 +45,8 @@ PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}  # one of them makes a tokenizer
 CONFIGS = ("config.json", "generation_config.json")
+# The context length in transformers' configurations. GPT-2 and others map their name to the first.
+CONTEXT_LENGTH = ("max_position_embeddings", "max_seq_len", "seq_length")
 NO_TEMPLATE = (
     "its tokenizer has no chat template. Put one beside the weights, as chat_template.jinja"
 )
@@ -256,22 +258,39 @@ def require_described(checkpoint: Path, model: Model) -> None:
             f"{model.source}: the architecture {architecture} is not among "
             "the causal language models of transformers."
         )
-    for key, found in (
-        ("architecture", architecture),
-        ("context_length", config.get("max_position_embeddings")),
-    ):
-        if (expected := getattr(model, key)) not in (None, found):
-            raise InputError(f"{model.source}: {key} is {found}; model.{key} expects {expected}.")
+    require_expected("architecture", architecture, model)
     try:
-        AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        known = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:  # of transformers, tokenizers and json alike
         raise InputError(
             f"{model.source}: transformers cannot read its configuration or tokenizer: "
             f"{one_line(error)[:300]}."
         ) from error
+    if model.context_length is not None:
+        require_expected("context_length", context_length_of(known), model)
     if not tokenizer.chat_template:
         raise InputError(f"{model.source}: {NO_TEMPLATE}.")
+
+
+def require_expected(key: str, found: object, model: Model) -> None:
+    """Raise InputError unless a value is what the model's file expects, if it expects one."""
+    if (expected := getattr(model, key)) not in (None, found):
+        raise InputError(f"{model.source}: {key} is {found}; model.{key} expects {expected}.")
+
+
+def context_length_of(config: Any) -> int:
+    """The most tokens that a model reads, by transformers' configuration of it.
+
+    Raises InputError where it says none.
+    """
+    for name in CONTEXT_LENGTH:
+        if isinstance(found := getattr(config, name, None), int):
+            return found
+    raise InputError(
+        f"config.json of this {config.model_type} has no context length: add "
+        "max_position_embeddings to it, the number of tokens that the model was trained on."
+    )
 
 
 def architecture_of(config: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from ..settings import Settings
 from ..tokenizer import Tokenizer
 from .batch_decoder import BatchDecoder
 from .cores import Turn, available_cores
-from .decoder import Decoder, has_longrope
+from .decoder import Decoder, runs_alone
 from .generator_decoder import GeneratorDecoder
 from .sampling import Sampler, log_softmax
 from .scheduler import Completion, Event, Scheduler, Sequence, receive
@@ -92,7 +92,7 @@ class Runtime:
     def open_decoder(self) -> Decoder:
         model, settings = (self.folder, self.genai_config), self.settings
         threads = settings.threads or available_cores()
-        if self.execution_provider == "cpu" and not has_longrope(self.genai_config):
+        if self.execution_provider == "cpu" and not runs_alone(self.genai_config):
             return BatchDecoder(*model, threads, settings.max_batch_size, settings.cache_mb)
         return GeneratorDecoder(*model, self.execution_provider, threads, settings.cache_mb)
 
