@@ -71,6 +71,28 @@ class Quantizer(enum.Enum):
         return self in (Quantizer.mse, Quantizer.gptq)
 
 
+class Preflight(enum.Enum):
+    """What becomes of a run that needs more disk or memory than there is."""
+
+    stop = "stop"
+    warn = "warn"
+    off = "off"
+
+
+class Objective(enum.Enum):
+    """Which target `choose` takes of those that passed their gates and kept the budget.
+
+    `closest` is the one whose KL divergence from the checkpoint is least, `smallest` that of the
+    least size on disk, `fastest` that of the most decoded tokens a second, `cheapest` the first of
+    the ladder, after which nothing else is tried.
+    """
+
+    closest = "closest"
+    smallest = "smallest"
+    fastest = "fastest"
+    cheapest = "cheapest"
+
+
 class Graph(enum.Enum):
     """Who makes the graph; `auto` is the first of two whose twin agrees with transformers.
 
@@ -546,6 +568,18 @@ class Clean:
 
 
 @dataclass
+class Ladder:
+    """Targets for `choose`, by name, the cheapest to make first."""
+
+    targets: list[str] = MISSING
+
+    def __post_init__(self) -> None:
+        names = self.targets  # what the YAML lacks is the string "???"
+        if isinstance(names, list) and (not names or len(set(names)) < len(names)):
+            raise InputError(f"ladder.targets is {names}; it must hold targets, each once.")
+
+
+@dataclass
 class Signing:
     """The keys, as paths, that sign logged models and verify them; null for unsigned models."""
 
@@ -578,8 +612,10 @@ class Config:
     """Everything that a step may read. `source`, `candidate` and `reference` are URIs.
 
     `candidate` may be several, as a list: the interfaces of one ONNX model. `source` may be, for
-    log_pyfunc: the ONNX folders of several targets. `reason` says why to
-    roll back. `force` names the steps to do again, `summary` the file for how the command ended.
+    log_pyfunc: the ONNX folders of several targets. `reason` says why to roll back. `budget` and
+    `objective` are what `choose` goes by. `preflight` says what becomes of a run that does not fit
+    into this machine. `force` names the steps to do again, `summary` the file for how the command
+    ended.
     `score` reads a table at `input`, asks the model at `model_uri`, and writes `output`.
     """
 
@@ -593,11 +629,15 @@ class Config:
     clean: Clean = field(default_factory=Clean)
     score: Score = field(default_factory=Score)
     signing: Signing = field(default_factory=Signing)
+    ladder: Ladder = field(default_factory=Ladder)
     paths: Paths = field(default_factory=Paths)
     source: Any = None
     candidate: Any = None
     reference: str | None = None
     reason: str | None = None
+    budget: str | None = None
+    objective: Objective = Objective.closest
+    preflight: Preflight = Preflight.stop
     force: Any = None
     summary: str | None = None
     model_uri: str | None = None

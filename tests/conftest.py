@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib
+import logging
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -34,7 +36,8 @@ from slm.records import (
     Registration,
     from_json,
 )
-from slm.running.command import heed_another_source, split_overrides
+from slm.running.command import entry_point, heed_another_source, split_overrides
+from slm.running.summary import CURRENT
 from slm.seal import verifier_requirements
 from tests.checkpoints import write_as_phi3, write_tiny, write_tokenizer
 
@@ -315,6 +318,25 @@ def composed(*overrides: str) -> Config:
     chosen = [o.removeprefix("model=") for o in overrides if o.startswith("model=")] or [MODEL]
     heed_another_source(config, list(overrides), chosen[-1])
     return config
+
+
+def ended(
+    step: Callable[[Config], object],
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: str,
+    name: str = "fetch",
+    together: Callable[[Config], object] | None = None,
+) -> int:
+    """The exit code of a step as a command, in this process."""
+    monkeypatch.setattr(sys, "argv", [f"/steps/{name}.py", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    logger = logging.getLogger("slm")
+    for name in ("handlers", "level", "propagate"):  # as they are, once the test has ended
+        monkeypatch.setattr(logger, name, getattr(logger, name))
+    with pytest.raises(SystemExit) as raised:
+        entry_point(step, together)
+    CURRENT.set(None)
+    return int(raised.value.code or 0)
 
 
 def create_experiment(folder: Path) -> None:

@@ -154,10 +154,8 @@ def test_a_name_that_mlflow_refuses_is_refused_at_once(project: Project) -> None
 
 def test_an_undeclared_parameter_is_refused_with_the_valid_ones(project: Project) -> None:
     process = project.mlflow_run("fetch", "colour=red")
-    assert (
-        "fetch has no parameter 'colour'; valid: model, target, force, summary, overrides"
-        in process.stderr
-    )
+    valid = "model, target, force, summary, preflight, overrides"
+    assert f"fetch has no parameter 'colour'; valid: {valid}" in process.stderr
 
 
 def test_help_and_cfg_are_hydras(project: Project) -> None:

@@ -21,6 +21,7 @@ GROUPS = (
     "signing",
     "score",
     "clean",
+    "ladder",
     "paths",
 )
 # Keys of a dict may be anything.
