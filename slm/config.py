@@ -378,6 +378,20 @@ class Register:
                 )
 
 
+def valid_settings(key: str, settings: Any) -> dict[str, Any]:
+    """Settings of serving by name, {} for null; InputError for what a load would refuse."""
+    if not isinstance(settings := settings or {}, dict):
+        raise InputError(f"{key} is {settings!r}; it must be {{name: value, …}}.")
+    try:
+        Settings(**settings)
+    except TypeError as error:
+        valid = ", ".join(f.name for f in fields(Settings))
+        raise InputError(f"{key} has {', '.join(settings)}; valid: {valid}.") from error
+    except ValueError as error:
+        raise InputError(f"{key}: {error}.") from error
+    return settings
+
+
 class Format(enum.Enum):
     """How a table is stored: files in one of Spark's formats, or a table of its catalog."""
 
@@ -418,11 +432,12 @@ class Score:
     executor_cores: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("parameters", "settings"):
-            if not isinstance(value := getattr(self, key) or {}, dict):
-                raise InputError(f"score.{key} is {value!r}; it must be {{name: value, …}}.")
+        if not isinstance(self.parameters or {}, dict):
+            raise InputError(
+                f"score.parameters is {self.parameters!r}; it must be {{name: value, …}}."
+            )
         self.parameters = {"seed": 0, **(self.parameters or {})}
-        self.settings = {"cache_mb": 256, **(self.settings or {})}
+        self.settings = {"cache_mb": 256, **valid_settings("score.settings", self.settings)}
         valid = [f.name for f in fields(Parameters) if f.name not in UNSCORED]
         valid = [*valid, "response_format"]
         for name in self.parameters:
@@ -435,19 +450,35 @@ class Score:
             Parameters.of(self.parameters)
         except RequestError as error:
             raise InputError(f"score.parameters: {error}.") from error
-        try:
-            Settings(**self.settings)
-        except TypeError as error:
-            valid = [f.name for f in fields(Settings)]
-            raise InputError(
-                f"score.settings has {', '.join(self.settings)}; valid: {', '.join(valid)}."
-            ) from error
-        except ValueError as error:
-            raise InputError(f"score.settings: {error}.") from error
         for key in ("rows_per_part", "executor_cores"):
             value = getattr(self, key)
             if isinstance(value, int) and value < 1:
                 raise InputError(f"score.{key} is {value}; it must be at least 1.")
+
+
+@dataclass
+class Serve:
+    """How `serve` answers over HTTP.
+
+    It listens at `host`, for this machine alone unless told otherwise. `settings` are those of
+    every ONNX model (Settings). A body may have `max_body_mb` (10^6 bytes), an answer may take
+    `timeout_s`, and those under way when the server stops have `shutdown_s` to end. With `follow`,
+    the registry is asked every `follow_every_s` what the aliases name.
+    """
+
+    host: str = MISSING
+    settings: Any = None
+    max_body_mb: float = MISSING
+    timeout_s: float = MISSING
+    shutdown_s: float = MISSING
+    follow_every_s: float = MISSING
+
+    def __post_init__(self) -> None:
+        self.settings = valid_settings("serve.settings", self.settings)
+        for key in ("max_body_mb", "timeout_s", "shutdown_s", "follow_every_s"):
+            value = getattr(self, key)
+            if isinstance(value, (int, float)) and not value > 0:
+                raise InputError(f"serve.{key} is {value}; it must be above 0.")
 
 
 @dataclass
@@ -505,7 +536,9 @@ class Config:
 
     `candidate` may be several, as a list: the interfaces of one ONNX model. `reason` says why to
     roll back. `force` names the steps to do again, `summary` the file for how the command ended.
-    `score` reads a table at `input`, asks the model at `model_uri`, and writes `output`.
+    `score` reads a table at `input`, asks the model at `model_uri`, and writes `output`. `serve`
+    answers for one or several models at `model_uri` on `port` (0: any that is free), and takes up
+    what their aliases name next if it shall `follow`.
     """
 
     model: Model = field(default_factory=Model)
@@ -516,6 +549,7 @@ class Config:
     register: Register = field(default_factory=Register)
     clean: Clean = field(default_factory=Clean)
     score: Score = field(default_factory=Score)
+    serve: Serve = field(default_factory=Serve)
     signing: Signing = field(default_factory=Signing)
     paths: Paths = field(default_factory=Paths)
     source: str | None = None
@@ -524,11 +558,15 @@ class Config:
     reason: str | None = None
     force: Any = None
     summary: str | None = None
-    model_uri: str | None = None
+    model_uri: Any = None
     input: str | None = None
     output: str | None = None
+    port: int = 8000
+    follow: bool = False
 
     def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise InputError(f"port is {self.port}; it must be from 0 to 65535.")
         if isinstance(self.candidate, str):
             self.candidate = uris_of(self.candidate)
         if isinstance(self.force, str):

@@ -3,9 +3,8 @@
 https://platform.openai.com/docs/api-reference/chat
 """
 
-import time
-import uuid
 from collections.abc import Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,17 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from .engine.runtime import Runtime
-from .engine.scheduler import Completion
-from .interface import mlflow_errors, open_runtime
+from .engine.scheduler import Completion, Events, LogProbability, Sequence, receive
+from .interface import Answer, header, mlflow_errors, open_runtime, require_known
 from .parameters import Parameters, RequestError, is_absent, require_text
+from .tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 DEVELOPER = "developer"  # OpenAI's newer name of the system role
 # Fields that this runtime does not serve; left alone they are null, false, 0 or empty.
-UNSERVED = ("stream", "tools", "tool_choice", "logit_bias", "frequency_penalty", "presence_penalty")
+UNSERVED = ("stream", "tools", "tool_choice")
+# What a body may hold besides Parameters.
+FIELDS = ("messages", "max_completion_tokens", *UNSERVED)
 
 
 class ChatModel(PythonModel):
@@ -57,50 +59,72 @@ class ChatModel(PythonModel):
         The very last has the usage.
         """
         with mlflow_errors():
-            prompt, parameters = read_request({**model_input, "stream": False}, self.runtime)
-            head = header("chat.completion.chunk", self.model)
-            ended: list[Completion] = []
-            begun: set[int] = set()
-            for choice, event in self.runtime.stream(prompt, parameters):
-                text = event if isinstance(event, str) else ""
-                delta = {"content": text} if text else {}
-                if choice not in begun:
-                    delta = {"role": "assistant", "content": text}
-                    begun.add(choice)
-                chunk = {**head, "choices": [{"index": choice, "delta": delta}]}
-                chunk["choices"][0]["finish_reason"] = None
-                if isinstance(event, Completion):
-                    ended.append(event)
-                    chunk["choices"][0]["finish_reason"] = event.finish_reason
-                    if parameters.logprobs:
-                        chunk["choices"][0]["logprobs"] = self.log_probabilities(event)
-                if len(ended) == parameters.n:
-                    chunk["usage"] = usage(ended)
+            answer = self.answer({**model_input, "stream": False}, SimpleQueue(), streamed=True)
+            for choice, event in receive(answer.sequences):
+                chunk = answer.take(choice, event)
+                if answer.is_whole:
+                    chunk["usage"] = answer.usage()
                 yield chunk
+
+    def begin(self, request: dict[str, Any], events: Events, streamed: bool) -> Answer:
+        """Begin to answer a body of /v1/chat/completions, for a server; returns at once.
+
+        `events` receives what becomes of it, for `Answer.take`: pieces of text if it is `streamed`.
+        """
+        with mlflow_errors():
+            require_known(request, *FIELDS)
+            return self.answer({**request, "stream": False}, events, streamed)
+
+    def answer(self, request: dict[str, Any], events: Events, streamed: bool) -> Answer:
+        prompt, parameters = read_request(request, self.runtime)
+        kind = "chat.completion.chunk" if streamed else "chat.completion"
+        head = header("chatcmpl", kind, request.get("model") or self.model)
+        sequences = self.runtime.begin([prompt], parameters, events, streamed)
+        return Answer(ChatForm(self.runtime.tokenizer), head, parameters.n, sequences)
 
     def completion(self, completions: list[Completion]) -> dict[str, Any]:
         """The chat completion of one conversation."""
-        choices = []
-        for index, completion in enumerate(completions):
-            message = {"role": "assistant", "content": completion.text}
-            choice = {"index": index, "message": message, "finish_reason": completion.finish_reason}
-            if completion.logprobs:
-                choice["logprobs"] = self.log_probabilities(completion)
-            choices.append(choice)
-        head = header("chat.completion", self.model)
-        return {**head, "choices": choices, "usage": usage(completions)}
+        head = header("chatcmpl", "chat.completion", self.model)
+        form = ChatForm(self.runtime.tokenizer)
+        answer = Answer(form, head, len(completions), [], dict(enumerate(completions)))
+        return answer.whole()
 
-    def log_probabilities(self, completion: Completion) -> dict[str, Any]:
+
+class ChatForm:
+    """A choice of a chat completion: a message, or what is new of it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.told: dict[int, int] = {}  # by choice: tokens whose log-probabilities were sent
+
+    def choice(self, completion: Completion) -> dict[str, Any]:
+        choice: dict[str, Any] = {"message": {"role": "assistant", "content": completion.text}}
+        if completion.logprobs:
+            choice["logprobs"] = self.log_probabilities(completion.logprobs)
+        return choice
+
+    def piece(self, sequence: Sequence, text: str, begins: bool) -> dict[str, Any]:
+        delta = {"content": text} if text else {}
+        piece: dict[str, Any] = {
+            "delta": {"role": "assistant", "content": text} if begins else delta
+        }
+        told = self.told.get(sequence.choice, 0)
+        if new := sequence.logprobs[told:]:
+            piece["logprobs"] = self.log_probabilities(new)
+            self.told[sequence.choice] = told + len(new)
+        return piece
+
+    def log_probabilities(self, tokens: list[LogProbability]) -> dict[str, Any]:
         """`logprobs` of a choice; `bytes` is null for a token that is a part of a character."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = self.runtime.tokenizer.decode([token])
+            text = self.tokenizer.decode([token])
             whole = None if "\ufffd" in text else list(text.encode())
             return {"token": text, "logprob": logprob, "bytes": whole}
 
         content = [
             {**entry(token, logprob), "top_logprobs": [entry(*pair) for pair in top]}
-            for token, logprob, top in completion.logprobs
+            for token, logprob, top in tokens
         ]
         return {"content": content}
 
@@ -147,25 +171,3 @@ def read_message(index: int, message: Any) -> dict[str, str]:
             )
         content = "".join(str(part.get("text", "")) for part in parts)
     return {"role": role, "content": require_text(f"{where}.content", content)}
-
-
-def header(kind: str, model: str) -> dict[str, Any]:
-    created = int(time.time())
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": created,
-        "model": model,
-    }
-
-
-def usage(completions: list[Completion]) -> dict[str, Any]:
-    """Token counts of one request; the prompt counts once, whatever `n` is."""
-    prompt, cached = completions[0].prompt_tokens, completions[0].cached_tokens
-    generated = sum(completion.completion_tokens for completion in completions)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }

@@ -1,17 +1,37 @@
-"""What the interfaces share: the runtime that a logged model's configuration asks for, errors."""
+"""What the interfaces share: the runtime that a logged model's configuration asks for, errors.
 
-from collections.abc import Iterator
+And what a server needs of them: an Answer on its way, and the fields that a request may have.
+"""
+
+import difflib
+import json
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, Protocol
 
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, REQUEST_LIMIT_EXCEEDED
 from mlflow.pyfunc import PythonModelContext
 
 from .engine.runtime import Runtime
-from .engine.scheduler import Busy
-from .parameters import AT_LOAD, RequestError
+from .engine.scheduler import Busy, Completion, Sequence
+from .parameters import AT_LOAD, Parameters, RequestError, is_absent
 from .verify import verify_at_load
+
+# Of this process: interfaces of the same ONNX model, loaded with the same settings, share one.
+SHARED: "weakref.WeakValueDictionary[str, Runtime]" = weakref.WeakValueDictionary()
+SHARING = threading.Lock()
+# Fields of OpenAI's requests that do not shape an answer here.
+NO_MATTER = {
+    *("model", "user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention", "stream", "stream_options"),
+}
 
 
 def open_runtime(context: PythonModelContext) -> Runtime:
@@ -19,9 +39,105 @@ def open_runtime(context: PythonModelContext) -> Runtime:
     onnx = Path(context.artifacts["onnx"])
     verify_at_load(onnx.parents[1])
     config = dict(context.model_config)
-    config.pop("model_name", None)
+    for own in ("model_name", "tool_calls"):
+        config.pop(own, None)
+    key = json.dumps(config, sort_keys=True) if config.get("sha256") else str(onnx)
     defaults = {name: config.pop(name) for name in AT_LOAD if name in config}
-    return Runtime(onnx, defaults=defaults, **config)
+    with SHARING:
+        runtime = SHARED.get(key)
+        if runtime is None:
+            runtime = SHARED[key] = Runtime(onnx, defaults=defaults, **config)
+    return runtime
+
+
+class Form(Protocol):
+    """How the pieces of an answer are written: a chat completion's, or a text completion's."""
+
+    def choice(self, completion: Completion) -> dict[str, Any]:
+        """A choice of the whole answer, without its index and the reason why it ended."""
+
+    def piece(self, sequence: Sequence, text: str, begins: bool) -> dict[str, Any]:
+        """The same of a chunk with a piece of its text, empty at the end."""
+
+
+@dataclass
+class Answer:
+    """The answer to one request on its way.
+
+    `take` makes a chunk of each event of its sequences; `whole` is the answer in one piece once all
+    have ended (`is_whole`). `head` is what stands first in each: id, object, created, model.
+    """
+
+    form: Form
+    head: dict[str, Any]
+    n: int  # answers to each prompt
+    sequences: list[Sequence]
+    ended: dict[int, Completion] = field(default_factory=dict)
+    begun: set[int] = field(default_factory=set)
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.ended) == len(self.sequences)
+
+    def take(self, choice: int, event: str | Completion) -> dict[str, Any]:
+        """The chunk of a piece of text, or of the end of a choice."""
+        text, reason = (event, None) if isinstance(event, str) else ("", event.finish_reason)
+        piece = self.form.piece(self.sequences[choice], text, choice not in self.begun)
+        self.begun.add(choice)
+        if isinstance(event, Completion):
+            self.ended[choice] = event
+        return {**self.head, "choices": [{"index": choice, **piece, "finish_reason": reason}]}
+
+    def whole(self) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                **self.form.choice(self.ended[index]),
+                "finish_reason": self.ended[index].finish_reason,
+            }
+            for index in sorted(self.ended)
+        ]
+        return {**self.head, "choices": choices, "usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts; a prompt counts once, whatever `n` is."""
+        completions = [self.ended[index] for index in sorted(self.ended)]
+        prompt = sum(completion.prompt_tokens for completion in completions[:: self.n])
+        cached = sum(completion.cached_tokens for completion in completions[:: self.n])
+        generated = sum(completion.completion_tokens for completion in completions)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def cancel(self) -> None:
+        """Give up: the rows are free before the next token is computed."""
+        for sequence in self.sequences:
+            sequence.cancelled = True
+
+
+def header(prefix: str, kind: str, model: str) -> dict[str, Any]:
+    """What each object of an answer begins with."""
+    created = int(time.time())
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": created,
+        "model": model,
+    }
+
+
+def require_known(request: Mapping[str, Any], *own: str) -> None:
+    """Raise RequestError for a field that would be passed over, a misspelt one say."""
+    parameters = {parameter.name for parameter in fields(Parameters)} - {"schema"}
+    known = parameters | NO_MATTER | {*own, "response_format"}
+    for name, value in request.items():
+        if name not in known and not is_absent(value) and value is not False:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; is it {near[0]}?" if near else ""
+            raise RequestError(f"{name} is no field that this model serves{hint}")
 
 
 @contextmanager
@@ -33,7 +149,7 @@ def mlflow_errors() -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        raise MlflowException.invalid_parameter_value(str(error)) from error
+        raise MlflowException.invalid_parameter_value(str(error), code=error.code) from error
     except Busy as error:
         raise MlflowException(str(error), error_code=REQUEST_LIMIT_EXCEEDED) from error
     except Exception as error:  # MLflow would call it a bad request

@@ -51,6 +51,13 @@ class Tokenizer:
             raise RequestError(f"prompt has the token {token!r}, which the model has no row for")
         return tokens
 
+    def require_tokens(self, name: str, tokens: list[int]) -> list[int]:
+        """The tokens, if the model has a row for each; RequestError otherwise."""
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < self.rows:
+                raise RequestError(f"{name} has the token {token!r}; ids are below {self.rows}")
+        return tokens
+
     def encode_alone(self, text: str) -> list[int]:
         """The token ids of a text and nothing before it, as a chat template's output is encoded."""
         tokens = self.encode(text)
