@@ -13,6 +13,7 @@ from omegaconf import MISSING, OmegaConf
 from platformdirs import user_cache_path
 
 from slm.errors import InputError
+from slm_pyfunc.dialects import DIALECTS
 from slm_pyfunc.parameters import Parameters, RequestError
 from slm_pyfunc.settings import Settings
 
@@ -146,11 +147,13 @@ class Model:
     folder. `sha256` maps names of files in the source to the digests they must have. Where given,
     `licence` must be what the source states, if it states one; `architecture` and `context_length`
     (tokens) what config.json says. `parameters` is how many weights there are, for
-    `plan` before the checkpoint is there. `gates` replace those of conf/evaluate by metric.
+    `plan` before the checkpoint is there. `tool_calls` is how the model writes calls of tools
+    (slm_pyfunc/tools.py). `gates` replace those of conf/evaluate by metric.
     """
 
     name: str = MISSING
     source: str = MISSING
+    tool_calls: str = "none"
     licence: str | None = None
     architecture: str | None = None
     context_length: int | None = None
@@ -160,6 +163,9 @@ class Model:
 
     def __post_init__(self) -> None:
         require_name("model.name", self.name)
+        if self.tool_calls not in DIALECTS:
+            valid = ", ".join(DIALECTS)
+            raise InputError(f"model.tool_calls is {self.tool_calls!r}; valid: {valid}.")
 
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits

@@ -54,17 +54,17 @@ class Form(Protocol):
     """How the pieces of an answer are written: a chat completion's, or a text completion's."""
 
     def choice(self, completion: Completion) -> dict[str, Any]:
-        """A choice of the whole answer, without its index and the reason why it ended."""
+        """A choice of the whole answer, without its index."""
 
-    def piece(self, sequence: Sequence, text: str, begins: bool) -> dict[str, Any]:
-        """The same of a chunk with a piece of its text, empty at the end."""
+    def pieces(self, sequence: Sequence, event: str | Completion) -> list[dict[str, Any]]:
+        """The choices of the chunks that an event makes, without their index; none is possible."""
 
 
 @dataclass
 class Answer:
     """The answer to one request on its way.
 
-    `take` makes a chunk of each event of its sequences; `whole` is the answer in one piece once all
+    `take` makes chunks of each event of its sequences; `whole` is the answer in one piece once all
     have ended (`is_whole`). `head` is what stands first in each: id, object, created, model.
     """
 
@@ -73,29 +73,21 @@ class Answer:
     n: int  # answers to each prompt
     sequences: list[Sequence]
     ended: dict[int, Completion] = field(default_factory=dict)
-    begun: set[int] = field(default_factory=set)
 
     @property
     def is_whole(self) -> bool:
         return len(self.ended) == len(self.sequences)
 
-    def take(self, choice: int, event: str | Completion) -> dict[str, Any]:
-        """The chunk of a piece of text, or of the end of a choice."""
-        text, reason = (event, None) if isinstance(event, str) else ("", event.finish_reason)
-        piece = self.form.piece(self.sequences[choice], text, choice not in self.begun)
-        self.begun.add(choice)
+    def take(self, choice: int, event: str | Completion) -> list[dict[str, Any]]:
+        """The chunks of a piece of text, or of the end of a choice."""
         if isinstance(event, Completion):
             self.ended[choice] = event
-        return {**self.head, "choices": [{"index": choice, **piece, "finish_reason": reason}]}
+        pieces = self.form.pieces(self.sequences[choice], event)
+        return [{**self.head, "choices": [{"index": choice, **piece}]} for piece in pieces]
 
     def whole(self) -> dict[str, Any]:
         choices = [
-            {
-                "index": index,
-                **self.form.choice(self.ended[index]),
-                "finish_reason": self.ended[index].finish_reason,
-            }
-            for index in sorted(self.ended)
+            {"index": index, **self.form.choice(self.ended[index])} for index in sorted(self.ended)
         ]
         return {**self.head, "choices": choices, "usage": self.usage()}
 

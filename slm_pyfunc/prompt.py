@@ -81,28 +81,29 @@ class TextForm:
         self.told: dict[int, int] = {}  # by choice: tokens whose log-probabilities were sent
 
     def choice(self, completion: Completion) -> dict[str, Any]:
-        return {"text": completion.text, "logprobs": self.log_probabilities(completion.logprobs)}
+        return self.part(completion.text, completion.logprobs, completion.finish_reason)
 
-    def piece(self, sequence: Sequence, text: str, begins: bool) -> dict[str, Any]:
+    def pieces(self, sequence: Sequence, event: str | Completion) -> list[dict[str, Any]]:
         told = self.told.get(sequence.choice, 0)
         new = sequence.logprobs[told:]
         self.told[sequence.choice] = told + len(new)
-        return {"text": text, "logprobs": self.log_probabilities(new)}
+        text, reason = (event, None) if isinstance(event, str) else ("", event.finish_reason)
+        return [self.part(text, new, reason)]
 
-    def log_probabilities(self, tokens: list[LogProbability]) -> dict[str, Any] | None:
+    def part(self, text: str, tokens: list[LogProbability], reason: str | None) -> dict[str, Any]:
+        logprobs = self.log_probabilities(tokens) if tokens else None
+        return {"text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def log_probabilities(self, tokens: list[LogProbability]) -> dict[str, Any]:
         """OpenAI's older form of `logprobs`: lists of tokens, and of their alternatives by text."""
         decode = self.tokenizer.decode
-        return (
-            {
-                "tokens": [decode([token]) for token, _, _ in tokens],
-                "token_logprobs": [logprob for _, logprob, _ in tokens],
-                "top_logprobs": [
-                    {decode([other]): logprob for other, logprob in top} for *_, top in tokens
-                ],
-            }
-            if tokens
-            else None
-        )
+        return {
+            "tokens": [decode([token]) for token, _, _ in tokens],
+            "token_logprobs": [logprob for _, logprob, _ in tokens],
+            "top_logprobs": [
+                {decode([other]): logprob for other, logprob in top} for *_, top in tokens
+            ],
+        }
 
 
 def read_request(
@@ -115,7 +116,7 @@ def read_request(
     if not isinstance(prompts, list) or not prompts or prompts == [[]]:
         raise RequestError(f"prompt is {prompt!r}; it must be a string, or a list of strings")
     count = values.pop("logprobs", None)  # a number, where a chat has two fields
-    if not is_absent(count):
+    if not is_absent(count) and count is not False:
         values |= {"logprobs": True, "top_logprobs": count}
     return prompts, Parameters.of(values, runtime.defaults)
 

@@ -75,9 +75,18 @@ class Tokenizer:
         """The prompt that the checkpoint's chat template makes, up to the assistant's turn."""
         return self.template.render(messages)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """The token ids of that prompt; control tokens in a message's content are read as text."""
-        pieces = self.template.pieces(messages)
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        begins: str = "",
+    ) -> list[int]:
+        """The token ids of that prompt; control tokens in messages and tools are read as text.
+
+        The assistant's turn begins with `begins`.
+        """
+        *pieces, last = self.template.pieces(messages, tools)
+        pieces.append(last + begins)
         return [token for piece in pieces for token in self.encode_alone(piece)]
 
     def stream(self, stop: tuple[str, ...] = ()) -> "TextStream":

@@ -61,6 +61,7 @@ class Packaging:
     settings: LogPyfunc
     requirements: list[str]
     signing: Signing
+    tool_calls: str
 
 
 def log_pyfunc(onnx: Path, provenance: Provenance, packaging: Packaging, work: str) -> LoggedModels:
@@ -88,6 +89,7 @@ def log_interface(
     provider = packaging.target.execution_provider.value
     settings = {
         "model_name": packaging.model,  # `model` is a parameter of the run
+        "tool_calls": packaging.tool_calls,
         "execution_provider": provider,
         **{field.name: getattr(packaging.settings, field.name) for field in fields(Settings)},
         **dict.fromkeys(AT_LOAD),  # null: as the checkpoint has them
@@ -198,6 +200,7 @@ def main(config: Config) -> LoggedModels:
         config.log_pyfunc,
         runtime_requirements(config.target.runtime_package) + verifier_requirements(config.signing),
         config.signing,
+        config.model.tool_calls,
     )
 
     def make(_: Path) -> LoggedModels:

@@ -407,7 +407,8 @@ def log_onnx(
     requirements = runtime_requirements(config.target.runtime_package)
     requirements += verifier_requirements(signing)
     packaging = Packaging(
-        config.model.name, config.target, config.log_pyfunc, requirements, signing
+        *(config.model.name, config.target, config.log_pyfunc, requirements, signing),
+        tool_calls=config.model.tool_calls,
     )
     return [log_interface(i, onnx, read_provenance(onnx), packaging) for i in interfaces]
 

@@ -60,7 +60,7 @@ class Answering(Response):
             except (Left, OSError):  # OSError: the connection broke while it was written to
                 status = 499  # nginx's number for it
             except Exception as error:
-                told = of_model(error, self.body, service.retry_after_s())
+                told = of_model(error, {*self.body, served.field}, service.retry_after_s())
                 status = told.status
                 await self.tell(told, scope, receive, send)
             finally:
@@ -83,16 +83,18 @@ class Answering(Response):
         self.begun = True
         while not answer.is_whole:
             events = await self.take(inbox)
-            chunks = [answer.take(*event) for event in events]
+            chunks = [chunk for event in events for chunk in answer.take(*event)]
             if self.counts_usage:
                 chunks = [{**chunk, "usage": None} for chunk in chunks]
-            parts = [data(chunk) for chunk in chunks] or [b": still there\n\n"]
+            parts = [data(chunk) for chunk in chunks]
+            if not events:
+                parts.append(b": still there\n\n")
             if answer.is_whole:
                 if self.counts_usage:
                     parts.append(data({**answer.head, "choices": [], "usage": answer.usage()}))
                 parts.append(b"data: [DONE]\n\n")
-            body = b"".join(parts)
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            if body := b"".join(parts):
+                await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def take(self, inbox: Inbox) -> list[Any]:

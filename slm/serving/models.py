@@ -68,6 +68,11 @@ class Served:
     def route(self) -> str:
         return "/v1/chat/completions" if self.model.interface == "chat" else "/v1/completions"
 
+    @property
+    def field(self) -> str:
+        """What a body has to have."""
+        return "messages" if self.model.interface == "chat" else "prompt"
+
     def begin(self, request: dict[str, Any], inbox: Inbox, streamed: bool) -> Any:
         """Begin to answer a body of its route: an Answer (slm_pyfunc/interface.py), on its way."""
         if not self.streams and self.model.interface != "chat":
@@ -224,7 +229,7 @@ class WholeAnswer:
     def is_whole(self) -> bool:
         return bool(self.completion)
 
-    def take(self, choice: int, event: Any) -> dict[str, Any]:
+    def take(self, choice: int, event: Any) -> list[dict[str, Any]]:
         completion = event[0] if isinstance(event, list) else event
         self.completion = {**completion, "id": f"chatcmpl-{uuid.uuid4().hex}"}
         self.completion["model"] = self.model or completion["model"]
@@ -234,7 +239,7 @@ class WholeAnswer:
             {"index": c["index"], "delta": c["message"], "finish_reason": c["finish_reason"]}
             for c in completion["choices"]
         ]
-        return chunk
+        return [chunk]
 
     def whole(self) -> dict[str, Any]:
         return self.completion

@@ -231,10 +231,15 @@ class Runtime:
         self.require_loaded()
         return self.tokenizer.render(messages)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """The tokens of that prompt, in which no message's content can forge a turn."""
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        begins: str = "",
+    ) -> list[int]:
+        """The tokens of that prompt, in which no message can forge a turn (Tokenizer has more)."""
         self.require_loaded()
-        return self.tokenizer.encode_chat(messages)
+        return self.tokenizer.encode_chat(messages, tools, begins)
 
     def log_probabilities(self, tokens: list[int]) -> np.ndarray:
         """Natural-log probabilities of the token after each: float32 [tokens, vocabulary]."""
