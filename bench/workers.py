@@ -217,6 +217,26 @@ def clients(url: str) -> Figures:
         yield {"one_tokens_per_s": throughput(1, 4), "sixteen_tokens_per_s": throughput(16, 32)}
 
 
+def threads(uri: str) -> Figures:
+    """Tokens/s of 16 threads that call `predict` four times each."""
+    import mlflow.pyfunc
+
+    from bench.serve import CONTEXT, question
+
+    settings = {"context_length": CONTEXT}
+    model = mlflow.pyfunc.load_model(uri, suppress_warnings=True, model_config=settings)
+
+    def ask(first: int) -> int:
+        asked = [model.predict(question(number, "")) for number in range(first, first + 4)]
+        return sum(answer["usage"]["completion_tokens"] for answer in asked)
+
+    yield {}
+    with ThreadPoolExecutor(16) as pool:
+        while True:
+            seconds, tokens = timed(lambda: sum(pool.map(ask, range(0, 64, 4))))
+            yield {"tokens_per_s": tokens / seconds}
+
+
 def question(topic: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Write a very long story about {topic}."}]
 

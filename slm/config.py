@@ -1,5 +1,6 @@
 """The schema of conf/: the dataclasses that Hydra validates the YAML against, one per group."""
 
+import contextlib
 import enum
 import json
 import math
@@ -386,6 +387,9 @@ class Register:
 
 def valid_settings(key: str, settings: Any) -> dict[str, Any]:
     """Settings of serving by name, {} for null; InputError for what a load would refuse."""
+    if isinstance(settings, str):  # of an environment variable
+        with contextlib.suppress(ValueError):
+            settings = json.loads(settings)
     if not isinstance(settings := settings or {}, dict):
         raise InputError(f"{key} is {settings!r}; it must be {{name: value, …}}.")
     try:

@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import mlflow
 import openai
 import pytest
 
-from slm.config import ROOT
+from slm.config import ROOT, Interface
 from slm.errors import InputError
-from tests.conftest import MODEL, TARGET, Generations, Packaged, Project
+from tests.conftest import MODEL, TARGET, Packaged, Project, copy_store, log_onnx, tracking
 
 CHAT, PROMPT = (f"{MODEL}-{TARGET}-{interface}" for interface in ("chat", "prompt"))
 KEY = "a-key-of-the-test"
@@ -111,7 +113,7 @@ def client(server: Server) -> openai.OpenAI:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -293,11 +295,17 @@ def test_the_figures_count_what_was_answered(server: Server) -> None:
     assert grown == [1, 37, 16, 1, 1, 1]
 
 
-def test_a_new_champion_is_served_and_no_request_is_dropped(registry: Generations) -> None:
-    name, alias = f"{MODEL}-{TARGET}-chat", "champion"
-    overrides = f"model_uri=models:/{name}@{alias} follow=true serve.follow_every_s=0.3".split()
-    client = registry.client
-    with serving(registry, *overrides, "serve.timeout_s=20", SLM_API_KEY=KEY) as server:
+def test_a_new_champion_is_served_and_no_request_is_dropped(
+    packaged: Packaged, onnx: Path, tmp_path: Path
+) -> None:
+    copy_store(packaged.folder / "mlflow.db", tmp_path)
+    project, alias = Project(tmp_path), "champion"
+    client = project.client
+    with tracking(project), mlflow.start_run():
+        [logged] = log_onnx(onnx, 200, Interface.chat)
+        next_one = mlflow.register_model(logged.uri, CHAT)
+    overrides = f"model_uri=models:/{CHAT}@{alias} follow=true serve.follow_every_s=0.3".split()
+    with serving(project, *overrides, "serve.timeout_s=60", SLM_API_KEY=KEY) as server:
         _, before, _ = server.ask("GET", "/v1/models")
         ended = threading.Event()
 
@@ -309,14 +317,13 @@ def test_a_new_champion_is_served_and_no_request_is_dropped(registry: Generation
 
         with ThreadPoolExecutor(3) as pool:
             asking = [pool.submit(ask, number) for number in range(3)]
-            client.set_registered_model_alias(name, alias, "2")
+            client.set_registered_model_alias(CHAT, alias, next_one.version)
             wait_until(lambda: server.ask("GET", "/v1/models")[1] != before)
             ended.set()
             assert [future.result() for future in asking] == [{200}] * 3
         [after] = server.ask("GET", "/v1/models")[1]["data"]
-        assert (
-            after["logged_model"] == client.get_model_version(name, "2").source.rpartition("/")[2]
-        )
+        assert after["logged_model"] == logged.model_id
+        assert server.figure("model_info") == 1
         wait_until(lambda: any("the last answer of" in line for line in server.lines))
         stop_while_it_answers(server)
 
