@@ -19,6 +19,7 @@ GROUPS = (
     "register",
     "signing",
     "score",
+    "serve",
     "clean",
     "paths",
 )
