@@ -29,7 +29,7 @@ from urllib.request import urlopen
 import psutil
 from rich.console import Console
 
-from bench.__main__ import Worker, machine, report
+from bench.__main__ import Worker, machine, ratio, report
 from bench.load import Seen, ask, closed_loop, figures, open_loop, post
 from slm.config import ROOT, user_cache
 from slm.evaluation.summary import table
@@ -41,6 +41,9 @@ CONTEXT = 2048
 SUBJECTS = ["rivers", "trains", "bread", "winter", "music", "glass", "horses", "maps"]
 QUESTIONS = len(SUBJECTS) ** 2
 LONG = "The quick brown fox jumps over the lazy dog. "  # ten tokens
+# Of a soak: so that keys, values and cache have taken up all they may in its first half.
+SMALL = 1024
+SMALL_SETTINGS = f"{{context_length: {SMALL}, max_batch_size: 8, cache_mb: 64}}"
 GROWTH_MB = 60  # of memory, over the second half of a soak: what MLflow and the allocator may keep
 
 
@@ -120,7 +123,7 @@ async def soak(
     expected: dict[int, str] = {}
 
     async def right(number: int) -> Seen:
-        return await ask(url, question(number, model))
+        return await ask(url, question(number, model, 16))
 
     async def learn(numbers: Iterator[int]) -> None:
         for number in numbers:
@@ -136,7 +139,7 @@ async def soak(
         kind = next(name for name, below in FAULTS.items() if chance < below)
         kinds[kind] += 1
         if kind == "leaves":
-            seen = await ask(url, question(number, model), leave_after=rng.randint(0, 12))
+            seen = await ask(url, question(number, model, 16), leave_after=rng.randint(0, 12))
             if not expected[number % QUESTIONS].startswith(seen.text):
                 wrong.append(f"{kind} {number}: {seen.text!r}")
         elif kind == "bad body":
@@ -146,8 +149,8 @@ async def soak(
             if seen.status != 400 or b'"error"' not in b"".join(parts):
                 wrong.append(f"{kind} {body!r}: {parts!r}")
         elif kind == "at the limit":
-            words = LONG * (CONTEXT // 10 - 20)
-            room = CONTEXT - await prompt_tokens(url, question(number, model, 1, words))
+            words = LONG * (SMALL // 10 - 20)
+            room = SMALL - await prompt_tokens(url, question(number, model, 1, words))
             over, fits = rng.choice([(True, room + 1), (False, room)])
             seen = await ask(url, question(number, model, fits, words))
             if seen.status != (400 if over else 200) or (not over and not seen.ended):
@@ -179,7 +182,7 @@ FAULTS = {"leaves": 0.10, "bad body": 0.15, "at the limit": 0.16, "right": 1.0}
 
 async def long_stories(url: str, model: str) -> None:
     while True:
-        await ask(url, question(0, model, CONTEXT - 100, "At length: "))
+        await ask(url, question(0, model, SMALL - 100, "At length: "))
 
 
 async def prompt_tokens(url: str, body: dict[str, Any]) -> int:
@@ -187,23 +190,28 @@ async def prompt_tokens(url: str, body: dict[str, Any]) -> int:
     return json.loads(b"".join(parts[1:]))["usage"]["prompt_tokens"]
 
 
-def against_predict(uri: str, url: str, model: str, rounds: int) -> dict[str, Any]:
-    """Tokens/s of 16 threads that call `predict`, and of 16 clients, whole and streamed."""
-    measured: dict[str, list[float]] = {"predict": [], "whole": [], "streamed": []}
+def against_predict(
+    uri: str, url: str, model: str, rounds: int, process: psutil.Process
+) -> dict[str, list[dict[str, float]]]:
+    """What 16 threads that call `predict` get, and 16 clients, whole and streamed, in turns."""
+    measured: dict[str, list[dict[str, float]]] = {"predict": [], "whole": [], "streamed": []}
     with contextlib.closing(Worker("threads", uri)) as threads:
         for number in range(rounds + 1):
-            for name, streamed in (("predict", None), ("whole", False), ("streamed", True)):
-                if streamed is None:
-                    speed = threads.measure()["tokens_per_s"]
+            for name, found in measured.items():
+                if name == "predict":
+                    figure = threads.measure()
                 else:
-                    speed = asyncio.run(clients_16(url, model, streamed))
+                    before = sum(process.cpu_times()[:2])
+                    tokens, seconds = asyncio.run(clients_16(url, model, name == "streamed"))
+                    cpu_s = sum(process.cpu_times()[:2]) - before
+                    figure = {"tokens_per_s": tokens / seconds, "cpu_ms": 1000 * cpu_s / tokens}
                 if number:  # the first round warms up
-                    measured[name].append(speed)
+                    found.append(figure)
     return measured
 
 
-async def clients_16(url: str, model: str, streamed: bool) -> float:
-    """Tokens/s of 16 clients with four requests each; those of bench/workers.py's threads."""
+async def clients_16(url: str, model: str, streamed: bool) -> tuple[int, float]:
+    """Tokens and seconds of 16 clients with four requests each, as bench/workers.py's threads."""
 
     async def whole(number: int) -> int:
         if streamed:
@@ -217,7 +225,7 @@ async def clients_16(url: str, model: str, streamed: bool) -> float:
 
     start = time.monotonic()
     tokens = sum(await asyncio.gather(*(client(4 * i) for i in range(16))))
-    return tokens / (time.monotonic() - start)
+    return tokens, time.monotonic() - start
 
 
 def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
@@ -255,14 +263,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(user_cache()) / "bench-serve.json")
     arguments = parser.parse_args()
     settle_tracking()
-    settings = f"{{context_length: {CONTEXT}}}"
+    settings = SMALL_SETTINGS if arguments.soak else f"{{context_length: {CONTEXT}}}"
     with served(arguments.uri, settings) as (url, process):
         model = json.load(urlopen(f"{url}/models"))["data"][0]["id"]
         if arguments.soak:
             found = asyncio.run(soak(url, model, arguments.clients, arguments.soak, process))
             print(json.dumps(found, indent=2))
             sys.exit(bool(found["wrong"]) or found["grown_mb"] > GROWTH_MB)
-        speeds = against_predict(arguments.uri, url, model, arguments.rounds)
+        speeds = against_predict(arguments.uri, url, model, arguments.rounds, process)
         results = {"serve": asyncio.run(loads(url, model, arguments.seconds))}
     for peer in arguments.peer:
         name, _, url = peer.partition("=")
@@ -277,7 +285,9 @@ def main() -> None:
     report(f"every figure is in {arguments.out}")
 
 
-def show(results: dict[str, dict[str, dict[str, float]]], speeds: dict[str, list[float]]) -> None:
+def show(
+    results: dict[str, dict[str, dict[str, float]]], speeds: dict[str, list[dict[str, float]]]
+) -> None:
     names = ["requests", "failed", "tokens_per_s", "ttft_ms_p50", "ttft_ms_p95", "ttft_ms_p99"]
     names.append("inter_token_ms_p95")
     columns = {"load": "left", **dict.fromkeys(names, "right")}
@@ -289,9 +299,10 @@ def show(results: dict[str, dict[str, dict[str, float]]], speeds: dict[str, list
         ]
         console.print(table(server, columns, rows))
     for name in ("whole", "streamed"):
-        ratios = [a / b for a, b in zip(speeds[name], speeds["predict"], strict=True)]
-        middle = sorted(ratios)[len(ratios) // 2]
-        console.print(f"16 clients, {name}: {middle:.3f} of predict from 16 threads (>= 0.97)")
+        speed = ratio(speeds[name], speeds["predict"], "tokens_per_s")
+        cost = ratio(speeds[name], speeds["predict"], "cpu_ms")
+        words = f"16 clients, {name}: {speed:.3f} of the tokens/s of predict from 16 threads"
+        console.print(f"{words} (>= 0.97), {cost:.3f} of its CPU time for a token")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ NO_KEYS = (
     ".predict",
     ".predict_stream",
     ".sig",
+    ".png",
     ".pem",
     ".pub",
 )

@@ -22,6 +22,7 @@ import pytest
 from slm.config import ROOT, Interface
 from slm.errors import InputError
 from tests.conftest import MODEL, TARGET, Packaged, Project, copy_store, log_onnx, tracking
+from tests.test_tools import HERMES, with_template
 
 CHAT, PROMPT = (f"{MODEL}-{TARGET}-{interface}" for interface in ("chat", "prompt"))
 KEY = "a-key-of-the-test"
@@ -302,7 +303,8 @@ def test_a_new_champion_is_served_and_no_request_is_dropped(
     project, alias = Project(tmp_path), "champion"
     client = project.client
     with tracking(project), mlflow.start_run():
-        [logged] = log_onnx(onnx, 200, Interface.chat)
+        calling = with_template(onnx, tmp_path / "onnx", HERMES)
+        [logged] = log_onnx(calling, 200, Interface.chat, tool_calls="hermes")
         next_one = mlflow.register_model(logged.uri, CHAT)
     overrides = f"model_uri=models:/{CHAT}@{alias} follow=true serve.follow_every_s=0.3".split()
     with serving(project, *overrides, "serve.timeout_s=60", SLM_API_KEY=KEY) as server:
@@ -324,6 +326,10 @@ def test_a_new_champion_is_served_and_no_request_is_dropped(
         [after] = server.ask("GET", "/v1/models")[1]["data"]
         assert after["logged_model"] == logged.model_id
         assert server.figure("model_info") == 1
+        body = chat(FRANCE, tools=TOOLS, tool_choice="required")
+        _, answer, _ = server.ask("POST", "/v1/chat/completions", body)
+        [call] = answer["choices"][0]["message"]["tool_calls"]
+        assert call["function"] == {"name": "get_time", "arguments": "{}"}
         wait_until(lambda: any("the last answer of" in line for line in server.lines))
         stop_while_it_answers(server)
 

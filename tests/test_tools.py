@@ -12,11 +12,13 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModelContext
 
+from slm.digests import PROVENANCE, write_provenance
 from slm_pyfunc.chat import ChatModel, joined, read_request
 from slm_pyfunc.chat_template import ChatTemplate
 from slm_pyfunc.dialects import DIALECTS
 from slm_pyfunc.parameters import RequestError
 from slm_pyfunc.tools import Tools, as_content, read_calls, read_tools
+from tests.conftest import TARGET
 
 # As models of these families have it, shortened.
 HERMES = """{%- if tools %}{{ '<|im_start|>system\n# Tools\n<tools>' }}
@@ -61,14 +63,20 @@ CALL = {"name": "get_weather", "arguments": {"city": "Paris", "unit": "C"}}
 ARGUMENTS = json.dumps(CALL["arguments"])
 
 
-def load(onnx: Path, folder: Path, dialect: str, template: str) -> ChatModel:
-    """The chat model on the real weights, with another template."""
+def with_template(onnx: Path, folder: Path, template: str) -> Path:
+    """The ONNX folder with another template."""
     folder.mkdir()
     for file in onnx.iterdir():
-        os.link(file, folder / file.name)
-    (folder / "chat_template.jinja").unlink()
+        if file.name not in ("chat_template.jinja", PROVENANCE):
+            os.link(file, folder / file.name)
     (folder / "chat_template.jinja").write_text(template)
-    model = ChatModel()
+    write_provenance(folder, target=TARGET)
+    return folder
+
+
+def load(onnx: Path, folder: Path, dialect: str, template: str) -> ChatModel:
+    """The chat model on the real weights, with another template."""
+    folder, model = with_template(onnx, folder, template), ChatModel()
     config = {"model_name": "small", "tool_calls": dialect, "max_batch_size": 4, "cache_mb": 64}
     model.load_context(PythonModelContext({"onnx": str(folder)}, config))
     return model

@@ -28,6 +28,8 @@ from slm.running.tracking import local_path
 from slm.seal import require_signed
 from slm.serving.errors import ApiError, busy
 from slm.serving.inbox import Inbox
+from slm_pyfunc.interface import NO_MATTER
+from slm_pyfunc.parameters import is_absent
 
 log = logging.getLogger("slm.serve")
 
@@ -189,10 +191,9 @@ class OneByOne:
 
     def begin(self, request: dict[str, Any], inbox: Inbox, streamed: bool) -> "WholeAnswer":
         body = {
-            name: value for name, value in request.items() if value not in (None, [], {}, False)
-        }
-        body = {
-            k: v for k, v in body.items() if k not in ("model", "stream_options", "user", "stream")
+            name: value
+            for name, value in request.items()
+            if name not in NO_MATTER and not is_absent(value) and value is not False
         }
         if body.get("n") == 1:
             del body["n"]
@@ -201,6 +202,10 @@ class OneByOne:
                 400,
                 f"{unheeded[0]} is not served by this model; valid: {', '.join(sorted(HEEDED))}",
                 param=unheeded[0],
+            )
+        if body.get("temperature") == 0:
+            raise ApiError(
+                400, "temperature is 0, and this model samples: give more", param="temperature"
             )
         if "max_completion_tokens" in body:
             body["max_tokens"] = body.pop("max_completion_tokens")
