@@ -7,7 +7,7 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,7 +38,7 @@ class Seen:
         return [later - sooner for sooner, later in zip(self.times, self.times[1:], strict=False)]
 
 
-async def post(url: str, path: str, body: bytes, key: str = "") -> AsyncIterator[bytes]:
+async def post(url: str, path: str, body: bytes, key: str = "") -> AsyncGenerator[bytes, None]:
     """The status of the answer as text, then its body's parts as they come."""
     place = urlsplit(url)
     reader, writer = await asyncio.open_connection(place.hostname, place.port, limit=2**22)

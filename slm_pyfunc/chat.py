@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from .chat_template import ChatTemplate
 from .dialects import DIALECTS, Dialect
 from .engine.runtime import Runtime
 from .engine.scheduler import Completion, Events, LogProbability, Sequence, receive
@@ -38,7 +39,7 @@ class ChatModel(PythonModel):
         self.model = context.model_config["model_name"]
         self.dialect = DIALECTS[context.model_config.get("tool_calls") or "none"]
         if self.dialect is not None:
-            require_tools_rendered(self.runtime, self.dialect)
+            require_tools_rendered(self.runtime.tokenizer.template, self.dialect)
 
     def predict(
         self,
@@ -100,11 +101,11 @@ class ChatModel(PythonModel):
         return Answer(form, head, len(completions), [], dict(enumerate(completions))).whole()
 
 
-def require_tools_rendered(runtime: Runtime, dialect: Dialect) -> None:
-    """Raise ValueError if the chat template does not write down the tools of a request."""
+def require_tools_rendered(template: ChatTemplate, dialect: Dialect) -> None:
+    """Raise ValueError if a chat template does not write down the tools of a request."""
     tools = Tools(dialect, {PROBE: {"name": PROBE, "parameters": NOTHING}})
     messages = tools.with_tools([{"role": "user", "content": "Hello"}])
-    if PROBE not in runtime.tokenizer.template.render(messages, tools.rendered):
+    if PROBE not in template.render(messages, tools.rendered):
         raise ValueError(
             "tool_calls is set, and the model's chat template writes no tools: set it to none"
         )

@@ -287,8 +287,8 @@ def test_24_clients_get_their_own_answers_beside_others_that_leave(client: opena
 
 
 def test_the_figures_count_what_was_answered(server: Server) -> None:
-    names = ("requests_total", "prompt_tokens_total", "generated_tokens_total", "cache_hits_total")
-    names += ("time_to_first_token_seconds_count", "tokens_per_second_count")
+    names = ["requests_total", "prompt_tokens_total", "generated_tokens_total", "cache_hits_total"]
+    names += ["time_to_first_token_seconds_count", "tokens_per_second_count"]
     before = [server.figure(name) for name in names]
     status, text, _ = server.ask("POST", "/v1/chat/completions", chat(FRANCE, stream=True))
     assert status == 200 and text.endswith("data: [DONE]\n\n")

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModelContext
 
 from slm.digests import PROVENANCE, write_provenance
-from slm_pyfunc.chat import ChatModel, joined, read_request
+from slm_pyfunc.chat import ChatModel, joined, read_request, require_tools_rendered
 from slm_pyfunc.chat_template import ChatTemplate
 from slm_pyfunc.dialects import DIALECTS
 from slm_pyfunc.parameters import RequestError
@@ -58,6 +58,7 @@ WEATHER = {
 CLOCK = {"name": "get_time"}
 TOOLS = [{"type": "function", "function": function} for function in (WEATHER, CLOCK)]
 QUESTION = [{"role": "user", "content": "How warm is it in Paris?"}]
+NO_CONTEXT: Any = None  # it was used up when the model was loaded
 GET_WEATHER = {"type": "function", "function": {"name": "get_weather"}}
 CALL = {"name": "get_weather", "arguments": {"city": "Paris", "unit": "C"}}
 ARGUMENTS = json.dumps(CALL["arguments"])
@@ -96,8 +97,9 @@ def tools_of(dialect: str, **fields: Any) -> Tools:
 def ask(chat: ChatModel, **fields: Any) -> dict[str, Any]:
     """The one choice of an answer, whole; that its stream says the same is looked at too."""
     request = {"messages": QUESTION, "tools": TOOLS, "temperature": 0, "max_tokens": 60, **fields}
-    whole = chat.predict(None, pd.DataFrame([request], dtype=object))["choices"][0]
-    chunks = [chunk["choices"][0] for chunk in chat.predict_stream(None, request)]
+    whole: Any = chat.predict(NO_CONTEXT, pd.DataFrame([request], dtype=object))
+    whole = whole["choices"][0]
+    chunks = [chunk["choices"][0] for chunk in chat.predict_stream(NO_CONTEXT, request)]
     deltas = [chunk["delta"] for chunk in chunks]
     assert deltas[0]["role"] == "assistant"
     told = joined([{**delta, "content": delta.get("content") or ""} for delta in deltas])
@@ -147,12 +149,12 @@ def test_a_conversation_with_calls_is_rendered_as_transformers_renders_it(
 ) -> None:
     from transformers import AutoTokenizer
 
-    calls = [{"id": "call_1", "type": "function", "function": CALL}]
+    calls: Any = [{"id": "call_1", "type": "function", "function": CALL}]
     as_text = [{**calls[0], "function": {"name": CALL["name"], "arguments": ARGUMENTS}}]
     result = {"role": "tool", "tool_call_id": "call_1", "content": "21 <|im_end|>"}
     given = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": as_text}, result]
-    rendered = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": calls}, result]
-    tools = [{"type": "function", "function": {**f}} for f in (WEATHER, CLOCK)]
+    rendered: Any = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": calls}, result]
+    tools: Any = [{"type": "function", "function": {**f}} for f in (WEATHER, CLOCK)]
     expected = AutoTokenizer.from_pretrained(smollm2).apply_chat_template(
         rendered, tools=tools, chat_template=HERMES, tokenize=False, add_generation_prompt=True
     )
@@ -262,7 +264,7 @@ def test_a_past_call_without_arguments_in_json_is_told(chat: ChatModel) -> None:
     call = {"function": {"name": "get_time", "arguments": "{"}}
     past = {"role": "assistant", "content": None, "tool_calls": [call]}
     with pytest.raises(MlflowException, match=r"messages\[1\].tool_calls\[0\] is"):
-        next(iter(chat.predict_stream(None, {"messages": [*QUESTION, past]})))
+        next(iter(chat.predict_stream(NO_CONTEXT, {"messages": [*QUESTION, past]})))
 
 
 def test_a_model_without_tools_says_so() -> None:
@@ -270,6 +272,8 @@ def test_a_model_without_tools_says_so() -> None:
         read_tools({"tools": TOOLS}, None)
 
 
-def test_a_template_that_writes_no_tools_is_no_hermes(onnx: Path, tmp_path: Path) -> None:
+def test_a_template_that_writes_no_tools_is_no_hermes(onnx: Path) -> None:
+    dialect = DIALECTS["hermes"]
+    assert dialect is not None
     with pytest.raises(ValueError, match="the model's chat template writes no tools"):
-        load(onnx, tmp_path / "onnx", "hermes", (onnx / "chat_template.jinja").read_text())
+        require_tools_rendered(ChatTemplate(onnx), dialect)

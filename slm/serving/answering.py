@@ -29,14 +29,15 @@ class Answering(Response):
     def __init__(self, service: "Service", served: Served, body: dict[str, Any]) -> None:
         super().__init__()
         self.service, self.served = service, served
-        self.body = {**body, "model": served.name}
+        self.asked = {**body, "model": served.name}
         self.streamed = flag(body, "stream")
         self.counts_usage = self.streamed and flag(
             body.get("stream_options") or {}, "include_usage"
         )
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        service, served = self.service, self.served
+        service = self.service
+        served = self.served = service.models[self.served.name]  # it may have been replaced
         loop = asyncio.get_running_loop()
         inbox = service.inbox()
         self.start, self.first = time.monotonic(), 0.0
@@ -49,7 +50,7 @@ class Answering(Response):
         with served.in_use():
             try:
                 answer = await loop.run_in_executor(
-                    service.beginners, served.begin, self.body, inbox, self.streamed
+                    service.beginners, served.begin, self.asked, inbox, self.streamed
                 )
                 if self.streamed:
                     await self.stream(answer, inbox, send)
@@ -60,7 +61,7 @@ class Answering(Response):
             except (Left, OSError):  # OSError: the connection broke while it was written to
                 status = 499  # nginx's number for it
             except Exception as error:
-                told = of_model(error, {*self.body, served.field}, service.retry_after_s())
+                told = of_model(error, {*self.asked, served.field}, service.retry_after_s())
                 status = told.status
                 await self.tell(told, scope, receive, send)
             finally:

@@ -1,7 +1,10 @@
 """From the schedulers' threads to the event loop: no thread waits for an answer."""
 
 import asyncio
+import contextlib
+import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 
@@ -60,3 +63,27 @@ class Inbox:
                 self.waiter = None
         events, self.events = self.events, []
         return events
+
+
+async def in_daemon(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns or raises, in a thread that keeps no process from ending.
+
+    Those of an executor would: the interpreter waits for them.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Any] = loop.create_future()
+
+    def tell(settle: Callable[[Any], None], outcome: Any) -> None:
+        if not done.done():  # it may have been cancelled
+            settle(outcome)
+
+    def run() -> None:
+        try:
+            settled = done.set_result, work(*arguments)
+        except BaseException as error:
+            settled = done.set_exception, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, *settled)
+
+    threading.Thread(target=run, name="in-daemon", daemon=True).start()
+    return await done

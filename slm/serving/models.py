@@ -9,8 +9,8 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,8 +186,9 @@ class OneByOne:
 
     def __init__(self, pyfunc: Any) -> None:
         self.pyfunc = pyfunc
-        self.pool = ThreadPoolExecutor(1, "one-by-one")
-        self.waiting = 0
+        self.lock = threading.Lock()  # guards `waiting` and `working`
+        self.waiting: deque[tuple[dict[str, Any], Inbox, WholeAnswer]] = deque()
+        self.working = False
 
     def begin(self, request: dict[str, Any], inbox: Inbox, streamed: bool) -> "WholeAnswer":
         body = {
@@ -209,25 +210,37 @@ class OneByOne:
             )
         if "max_completion_tokens" in body:
             body["max_tokens"] = body.pop("max_completion_tokens")
-        if self.waiting >= WAITING:
-            raise busy(f"busy: {self.waiting} requests wait. Ask again later.", 1)
-        self.waiting += 1
-        future = self.pool.submit(self.pyfunc.predict, body)
+        answer = WholeAnswer(request.get("model"))
+        with self.lock:
+            if len(self.waiting) >= WAITING:
+                raise busy(f"busy: {WAITING} requests wait. Ask again later.", 1)
+            self.waiting.append((body, inbox, answer))
+            if not self.working:
+                self.working = True
+                threading.Thread(target=self.work, name="one-by-one", daemon=True).start()
+        return answer
 
-        def ended(done: Future[Any]) -> None:
-            self.waiting -= 1
-            if not done.cancelled():
-                inbox.put((0, done.exception() or done.result()))
-
-        future.add_done_callback(ended)
-        return WholeAnswer(future, request.get("model"))
+    def work(self) -> None:
+        """Answer one after the other, while there are any."""
+        while True:
+            with self.lock:
+                if not self.waiting:
+                    self.working = False
+                    return
+                body, inbox, answer = self.waiting.popleft()
+            if answer.cancelled:
+                continue
+            try:
+                inbox.put((0, self.pyfunc.predict(body)))
+            except Exception as error:  # of whatever library: it is this request's
+                inbox.put((0, error))
 
 
 class WholeAnswer:
     """What an Answer is to the server, of an answer that comes in one event."""
 
-    def __init__(self, future: Future[Any], model: str | None) -> None:
-        self.future, self.model = future, model
+    def __init__(self, model: str | None) -> None:
+        self.model, self.cancelled = model, False
         self.completion: dict[str, Any] = {}
 
     @property
@@ -260,7 +273,7 @@ class WholeAnswer:
 
     def cancel(self) -> None:
         """It does not begin, if it has not; what is computed is computed to its end."""
-        self.future.cancel()
+        self.cancelled = True
 
 
 def require_distinct(models: list[Served]) -> None:

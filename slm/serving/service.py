@@ -21,7 +21,7 @@ from slm.errors import one_line
 from slm.redaction import redacted
 from slm.serving.answering import Answering
 from slm.serving.errors import ApiError, not_now
-from slm.serving.inbox import Courier, Inbox
+from slm.serving.inbox import Courier, Inbox, in_daemon
 from slm.serving.metrics import CONTENT_TYPE, Metrics
 from slm.serving.models import Served
 
@@ -56,7 +56,7 @@ class Service:
         self.stopping = False
         self.request_s = 1.0  # how long a request takes, on a moving average
         self.beginners = ThreadPoolExecutor(4, "begin")  # templates, tokens and grammars
-        self.scorers = ThreadPoolExecutor(128, "invocations")
+        self.scorers = asyncio.Semaphore(128)
 
     def add(self, served: Served) -> None:
         """Serve a model, in place of the one that had its name; from the loop's thread."""
@@ -275,16 +275,15 @@ async def score(service: Service, data: bytes, request: Request) -> Response:
     from mlflow.pyfunc import scoring_server
 
     served = service.find(request.query_params.get("model"), "")
-    start, loop = time.monotonic(), asyncio.get_running_loop()
+    start = time.monotonic()
     content_type = request.headers.get("content-type", "")
     with served.in_use():
         model = served.pyfunc
         schema = model.metadata.get_input_schema()
         arguments = data, content_type, model, schema
         try:
-            result = await loop.run_in_executor(
-                service.scorers, scoring_server.invocations, *arguments
-            )
+            async with service.scorers:
+                result = await in_daemon(scoring_server.invocations, *arguments)
             response = Response(result.response, result.status, media_type=result.mimetype)
         except MlflowException as error:
             status = error.get_http_status_code()
