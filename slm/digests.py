@@ -14,6 +14,12 @@ from typing import Any
 from slm.errors import InputError
 
 PROVENANCE = "provenance.json"
+ORIGIN = (
+    "source",
+    "revision",
+    "training",
+    "adapter",
+)  # where files came from, which makes them no other ones
 LOCAL_FOLDER = "a local folder"  # as a source: the same files elsewhere are the same
 
 
@@ -24,7 +30,10 @@ class Provenance:
     A checkpoint has a `source`. An ONNX folder has a `target`, and inside it the provenance of the
     `checkpoint` that it was exported from; `checked_on` is the execution provider that it generated
     on, or "none". `graph` is who made the graph, and `refused` why others were not taken, by name.
-    `notes` say what was mended, and what of the checkpoint is not served.
+    `notes` say what was mended, and what of the checkpoint is not served. `training` names the
+    MLflow run that trained the weights, if one is known (slm/sources/mlflow_uri.py), and `adapter`
+    is what was merged into the source. Where ONNX folders for several targets are in one
+    (slm/bundle.py), `parts` are theirs, by target.
     """
 
     files: dict[str, str]
@@ -33,6 +42,7 @@ class Provenance:
     source: str = ""
     revision: str = ""
     licence: str = ""
+    training: dict[str, str] = field(default_factory=dict)
     target: str = ""
     checked_on: str = ""
     graph: str = ""
@@ -41,12 +51,22 @@ class Provenance:
     calibration: dict[str, Any] = field(default_factory=dict)
     builder_arguments: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    adapter: "Provenance | None" = None
     checkpoint: "Provenance | None" = None
+    parts: dict[str, "Provenance"] = field(default_factory=dict)
 
     @property
     def origin(self) -> "Provenance":
         """The checkpoint's provenance."""
         return self.checkpoint or self
+
+    @property
+    def described_source(self) -> str:
+        """In words, where the checkpoint came from, and the adapter that was merged into it."""
+        origin = self.origin
+        adapter = origin.adapter
+        words = f", with the adapter {adapter.source} ({adapter.revision[:12]})" if adapter else ""
+        return origin.source + words
 
     @property
     def all_notes(self) -> list[str]:
@@ -55,11 +75,10 @@ class Provenance:
 
     def json(self) -> dict[str, Any]:
         """What provenance.json and a logged model's metadata hold: everything that is not empty."""
-        return {
-            name: value.json() if isinstance(value, Provenance) else value
-            for name, value in ((name, getattr(self, name)) for name in self.__dataclass_fields__)
-            if value or name == "files"
-        }
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        own["checkpoint"] = self.checkpoint.json() if self.checkpoint else None
+        own["parts"] = {name: part.json() for name, part in self.parts.items()}
+        return {name: value for name, value in own.items() if value or name == "files"}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -67,15 +86,17 @@ class Provenance:
 
         Another commit of the same files, a new README say, makes nothing anew.
         """
-        bare = {k: v for k, v in self.json().items() if k not in ("source", "revision")}
+        bare = {k: v for k, v in self.json().items() if k not in ORIGIN}
         return bare | ({"checkpoint": self.checkpoint.identity} if self.checkpoint else {})
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Provenance":
         """Read what `json` gave; fields of other versions are passed over."""
         known = {name: record[name] for name in cls.__dataclass_fields__ if name in record}
-        if known.get("checkpoint"):
-            known["checkpoint"] = cls.of(known["checkpoint"])
+        for part in ("checkpoint", "adapter"):
+            if known.get(part):
+                known[part] = cls.of(known[part])
+        known["parts"] = {name: cls.of(part) for name, part in known.get("parts", {}).items()}
         return cls(**known)
 
 

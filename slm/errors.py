@@ -16,6 +16,8 @@ AWAY = (
     "Failed to download artifacts",
     "failures occurred while downloading",
 )
+NO_CREDENTIALS = "Reading Databricks credential configuration failed"  # MLflow's
+OUT_OF_MEMORY = "can't allocate memory"  # torch's words
 
 
 class UserError(Exception):
@@ -54,8 +56,24 @@ class InfrastructureError(UserError):
     exit_code = 4
 
 
+class KilledError(InfrastructureError):
+    """A process that works for this one was killed from outside; `what` names it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} was killed, most likely for lack of memory (`-e plan` says what it takes). "
+            "Run it again where there is more."
+        )
+
+
 class UnreachableError(InfrastructureError, ConnectionError):
     """A server (the model hub, the tracking server, the package index) does not answer."""
+
+
+def error_of(message: str, exit_code: int) -> UserError:
+    """The error with which another process of this project ended."""
+    kinds = (InputError, VerdictError, InfrastructureError)
+    return next((kind for kind in kinds if kind.exit_code == exit_code), StepError)(message)
 
 
 def as_user_error(error: BaseException) -> UserError | None:
@@ -67,11 +85,21 @@ def as_user_error(error: BaseException) -> UserError | None:
         return InfrastructureError(
             f"the disk is full ({text}). Free space there, or set paths.work to a folder with more."
         )
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or OUT_OF_MEMORY in text:
+        return InfrastructureError(
+            f"there is not enough memory ({text[:300]}). `-e plan` says what a step takes; run it "
+            "again where there is more."
+        )
     if isinstance(error, PermissionError) or number == errno.EROFS:
         return InfrastructureError(
             f"cannot write ({text}). Set paths.work to a folder that you may write to."
         )
     if isinstance(error, MlflowException):
+        if NO_CREDENTIALS in text:
+            return InputError(
+                "no credentials of a Databricks workspace were found. Set DATABRICKS_HOST and "
+                "DATABRICKS_TOKEN, or DATABRICKS_CONFIG_PROFILE."
+            )
         if error.error_code != "INTERNAL_ERROR":
             return StepError(f"MLflow refuses: {text}")
         if is_away(text):

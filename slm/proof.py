@@ -9,6 +9,7 @@ requirements alone: so it imports nothing of the project at its top, and little 
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 
@@ -22,8 +23,11 @@ def prove(
 ) -> str | None:
     """Load the models and give each its input example; what is wrong, or None.
 
-    `forbid` names packages that must not be installed beside `python`.
+    `forbid` names packages that must not be installed beside `python`. Raises KilledError if the
+    process was killed.
     """
+    from slm.errors import KilledError
+
     forbidden = [word for package in forbid for word in ("--forbid", package)]
     process = subprocess.run(
         [python, "-P", __file__, *forbidden, *uris],  # -P: slm/ is no place to import from
@@ -33,6 +37,8 @@ def prove(
     )
     if process.returncode == 0:
         return None
+    if process.returncode == -signal.SIGKILL:
+        raise KilledError(f"what asks {' and '.join(uris)}")
     return (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
 
 

@@ -15,6 +15,7 @@ from slm.digests import Provenance
 from slm.errors import InputError, one_line
 
 T = TypeVar("T")
+ANY = "any"  # as an execution provider: that of the first target which the machine can serve
 
 
 def from_json(record: type[T], values: Any) -> T:
@@ -71,7 +72,7 @@ class LoggedModel:
     """A model that log_pyfunc or log_transformers put into MLflow's store.
 
     `uri` is its immutable models:/m-…; `content` the digest of its weights, code, environment and
-    settings. Only an ONNX model has a `target`.
+    settings. Only an ONNX model has a `target`, or several in one name.
     """
 
     uri: str
@@ -134,7 +135,7 @@ class LoggedModel:
             interface=metadata["interface"],
             content=metadata["content"],
             provenance=Provenance.of(metadata["provenance"]),
-            execution_provider=settings.get("execution_provider", "cpu"),
+            execution_provider=settings.get("execution_provider", "cpu") or ANY,
             size_mb=(stored.model_size_bytes or 0) / 1e6,
         )
 

@@ -27,6 +27,9 @@ def sbom(model: LoggedModel, requirements: list[str]) -> str:
     if weights.checkpoint:
         origin = weights.checkpoint
         checkpoint = weighed(origin, model.model, origin.revision, "checkpoint")
+        if adapter := origin.adapter:
+            merged = weighed(adapter, f"{model.model}-adapter", adapter.revision, "adapter")
+            checkpoint.pedigree = Pedigree(ancestors=[merged])
         described.pedigree = Pedigree(ancestors=[checkpoint])
     bom = Bom(components=parts)
     bom.metadata.component = described

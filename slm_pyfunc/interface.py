@@ -5,6 +5,7 @@ And what a server needs of them: an Answer on its way, and the fields that a req
 
 import difflib
 import json
+import logging
 import threading
 import time
 import uuid
@@ -19,10 +20,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, REQUEST_LIMIT_EXCEEDED
 from mlflow.pyfunc import PythonModelContext
 
-from .engine.runtime import Runtime
+from .engine.decoder import ExecutionProviderUnavailable
+from .engine.runtime import Runtime, require_digests
 from .engine.scheduler import Busy, Completion, Sequence
 from .parameters import AT_LOAD, Parameters, RequestError, is_absent
 from .verify import verify_at_load
+
+log = logging.getLogger(__name__)
 
 # Of this process: interfaces of the same ONNX model, loaded with the same settings, share one.
 SHARED: "weakref.WeakValueDictionary[str, Runtime]" = weakref.WeakValueDictionary()
@@ -41,13 +45,55 @@ def open_runtime(context: PythonModelContext) -> Runtime:
     config = dict(context.model_config)
     for own in ("model_name", "tool_calls"):
         config.pop(own, None)
-    key = json.dumps(config, sort_keys=True) if config.get("sha256") else str(onnx)
-    defaults = {name: config.pop(name) for name in AT_LOAD if name in config}
+    if not config.get("sha256"):
+        return load_runtime(onnx, config)
+    key = json.dumps(config, sort_keys=True)
     with SHARING:
-        runtime = SHARED.get(key)
-        if runtime is None:
-            runtime = SHARED[key] = Runtime(onnx, defaults=defaults, **config)
+        if (runtime := SHARED.get(key)) is not None:
+            for folder, digests in digests_of(onnx, config["sha256"]).items():
+                require_digests(folder, digests)
+            return runtime
+        runtime = SHARED[key] = load_runtime(onnx, config)
     return runtime
+
+
+def digests_of(onnx: Path, sha256: dict[str, Any]) -> dict[Path, dict[str, str]]:
+    """The digests of the files of each folder: of one ONNX model, or of several targets'."""
+    if all(isinstance(digest, str) for digest in sha256.values()):
+        return {onnx: sha256}
+    return {onnx / name: digests for name, digests in sha256.items()}
+
+
+def load_runtime(onnx: Path, config: dict[str, Any]) -> Runtime:
+    """Load an ONNX folder, or that of the first of several targets that runs here."""
+    config["defaults"] = {name: config.pop(name) for name in AT_LOAD if name in config}
+    if targets := config.pop("targets", None):
+        return first_that_runs(onnx, targets, config)
+    return Runtime(onnx, **config)
+
+
+def first_that_runs(onnx: Path, targets: list[list[str]], config: dict[str, Any]) -> Runtime:
+    """Load the folder of the first target whose execution provider is there.
+
+    `targets` are pairs of a folder's name and its provider. `execution_provider`, if it is given,
+    leaves the targets for it alone. Raises ExecutionProviderUnavailable if none can be loaded.
+    """
+    asked, sha256 = config.pop("execution_provider"), config.pop("sha256")
+    fitting = [(name, own) for name, own in targets if asked in (None, own)]
+    if not fitting:
+        known = ", ".join(dict.fromkeys(own for _, own in targets))
+        raise ValueError(f"execution_provider is {asked!r}; this model has targets for {known}")
+    absent = []
+    for name, provider in fitting:
+        try:
+            runtime = Runtime(onnx / name, provider, sha256=sha256[name], **config)
+        except ExecutionProviderUnavailable as error:
+            log.warning("not served for the target %s: %s", name, error)
+            absent.append(f"{name}: {error}")
+            continue
+        log.info("served for the target %s", name)
+        return runtime
+    raise ExecutionProviderUnavailable("; ".join(absent))
 
 
 class Form(Protocol):

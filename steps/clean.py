@@ -5,6 +5,7 @@
 
 What a registered version was made from stays, unless `clean.registered=true`. What a live run uses
 stays in any case: what is being made is locked, and MLflow knows what a run that goes on has used.
+The hub's cache is bounded too if it lies in the work folder (HF_HUB_CACHE=<work>/hub).
 """
 
 import contextlib
@@ -22,12 +23,15 @@ from slm.digests import size_mb
 from slm.evaluation.summary import table
 from slm.registry.needs import of_live_runs, of_versions
 from slm.running.command import entry_point
+from slm.running.killed import FOLDER as RUNNING
 from slm.running.killed import end_killed
+from slm.running.links import inode
 from slm.running.summary import note
 from slm.running.work import RESULT, work_folder
 
 DAY_S = 86400
-KEPT_WITHOUT_A_STEP = ("measure", "environments", "multirun")
+HUB = "hub"
+KEPT_WITHOUT_A_STEP = ("measure", "environments", "multirun", HUB)
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What was removed (or would be, in a dry run), and why the rest stays, by folder."""
+    """What was removed (or would be, in a dry run), and why the rest stays, by folder.
+
+    `freed_gb` is what the disk gets back: less than `removed_gb` if files have other names, in
+    MLflow's store say.
+    """
 
     work: str
     dry_run: bool
     removed: list[Entry]
     kept: dict[str, str]
     removed_gb: float
+    freed_gb: float
     left_gb: float
 
 
@@ -62,22 +71,25 @@ def clean(work: Path, settings: Clean) -> Cleaning:
     left_gb = sum(entry.gb for entry in entries)
     removed: list[Entry] = []
     kept: dict[str, str] = {}
+    names: dict[tuple[int, int], int] = {}  # of files, that are left
+    freed_gb = 0.0
     for entry in entries:
         folder = work / entry.folder
         is_old = is_above(entry.unused_days, settings.older_than_days)
         if not is_old and not is_above(left_gb, settings.max_gb):
             kept[entry.folder] = "within the bounds"
-        elif folder.name.split(".")[0] in live:
+        elif folder.name.split(".")[0] in live or (folder.parent.name == HUB and works(work)):
             kept[entry.folder] = "a live run uses it"
         elif says(folder, versions):
             kept[entry.folder] = "a registered version was made from it"
-        elif not remove(folder, settings.dry_run):
+        elif (freed := remove(folder, settings.dry_run, names)) is None:
             kept[entry.folder] = "it is being made"
         else:
             removed.append(entry)
             left_gb -= entry.gb
+            freed_gb += freed / 1e9
     removed_gb = sum(entry.gb for entry in removed)
-    return Cleaning(str(work), settings.dry_run, removed, kept, removed_gb, left_gb)
+    return Cleaning(str(work), settings.dry_run, removed, kept, removed_gb, freed_gb, left_gb)
 
 
 def entries_of(work: Path) -> Iterator[Entry]:
@@ -87,6 +99,8 @@ def entries_of(work: Path) -> Iterator[Entry]:
         for folder in (work / kind).glob("*/"):
             result = folder / RESULT
             used = (result if result.is_file() else folder).stat().st_mtime
+            if kind == HUB:
+                used = max([path.lstat().st_mtime for path in folder.rglob("*")], default=used)
             name = folder.relative_to(work).as_posix()
             yield Entry(name, size_mb(folder) / 1e3, (time.time() - used) / DAY_S)
 
@@ -102,19 +116,39 @@ def says(folder: Path, words: set[str]) -> bool:
     return any(word in text for word in words)
 
 
-def remove(folder: Path, dry_run: bool) -> bool:
-    """Remove an outcome, and say whether: not while a run makes it. The lock's file stays.
+def works(work: Path) -> bool:
+    """Whether a run of this work folder goes on: it holds the lock of its record."""
+    return any(map(is_held, (work / RUNNING).glob("*.lock")))
 
-    result.json goes first, so that what a kill leaves is not taken for whole.
+
+def is_held(lock: Path) -> bool:
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def remove(folder: Path, dry_run: bool, names: dict[tuple[int, int], int]) -> int | None:
+    """Remove an outcome, and say how many bytes that frees; None if a run makes it, and it stays.
+
+    `names` says how many names of files are left, after what was removed before. The lock's file
+    stays. result.json goes first, so that what a kill leaves is not taken for whole.
     """
     name = folder.name.split(".")[0]  # what an export left beside its folder has the same lock
     lock = FileLock(folder.with_name(f"{name}.lock"), timeout=0)
     with contextlib.suppress(Timeout), lock:
+        freed = 0
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                file, found = inode(path), path.stat()
+                names[file] = names.get(file, found.st_nlink) - 1
+                freed += 0 if names[file] else found.st_size
         if not dry_run:
             (folder / RESULT).unlink(missing_ok=True)
             shutil.rmtree(folder)
-        return True
-    return False
+        return freed
+    return None
 
 
 def show(done: Cleaning) -> None:
@@ -129,6 +163,10 @@ def show(done: Cleaning) -> None:
         count = list(done.kept.values()).count(reason)
         console.print(f"kept        {count}: {reason}")
     text = f"{words} {done.removed_gb:.3f} GB; {done.left_gb:.3f} GB stay in {done.work}"
+    if done.removed_gb - done.freed_gb >= 0.001:
+        text += (
+            f". On the disk {done.freed_gb:.3f} GB get free: the other files have names elsewhere"
+        )
     console.print(text, soft_wrap=True, markup=False)
 
 

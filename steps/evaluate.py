@@ -150,10 +150,10 @@ def logged_pair(config: Config) -> tuple[list[LoggedModel], LoggedModel]:
             f"reference={config.reference} is not the checkpoint that the candidate was exported "
             "from. Pass what log_transformers made of the same folder."
         )
-    if (first.model, first.target) != (config.model.name, config.target.name):
+    if (first.model, first.target) != (config.model.name, config.target_name):
         raise InputError(
             f"candidate is of model={first.model} and target={first.target}; those of "
-            f"{config.model.name} and {config.target.name} have other gates. Pass its own."
+            f"{config.model.name} and {config.target_name} have other gates. Pass its own."
         )
     chat_first = sorted(candidates, key=lambda model: model.interface != Interface.chat.value)
     return list({model.uri: model for model in chat_first}.values()), reference

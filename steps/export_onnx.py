@@ -4,8 +4,8 @@
     python -m steps.export_onnx source=/data/checkpoint export.graph=auto
 
 An export counts only once a float32 twin of its graph agrees with transformers
-(slm/exporters/parity.py), its tokenizer agrees with the checkpoint's, and it has loaded and
-generated (slm/exporters/checks.py).
+(slm/exporters/parity.py), the file is what its target's name says (slm/exporters/structure.py), its
+tokenizer agrees with the checkpoint's, and it has loaded and generated (slm/exporters/checks.py).
 """
 
 import json
@@ -14,9 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from slm.config import ROOT, WINDOW, Config, Export, Target
+from slm.config import ROOT, WINDOW, Config, Export, Graph, Target
 from slm.digests import (
     Provenance,
+    digest_files,
     digest_of,
     read_provenance,
     require_files,
@@ -24,17 +25,19 @@ from slm.digests import (
     write_provenance,
 )
 from slm.errors import InputError
+from slm.exporters import optimum
 from slm.exporters.builder import builder_arguments
 from slm.exporters.calibration_text import read_calibration
 from slm.exporters.checks import require_it_generates
 from slm.exporters.generation import carry_over
-from slm.exporters.process import run_worker
+from slm.exporters.process import WORKER, run_worker
+from slm.exporters.structure import kept_in_int8, require_structure
 from slm.exporters.worker import Request
 from slm.records import OnnxModel
 from slm.running.command import entry_point
 from slm.running.run import run_step
 from slm.running.tracking import local_path
-from slm.running.work import versions
+from slm.running.work import code_digests, versions
 from slm.sources.verify import INDEX, WHOLE
 
 LIBRARIES = (
@@ -47,6 +50,9 @@ LIBRARIES = (
     "scipy",
     "torch",
     "transformers",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
 )
 # What twins are compared on: prose and dialogue in several languages.
 TEXTS = ROOT / "data" / "texts.jsonl"
@@ -57,7 +63,9 @@ def export_onnx(
 ) -> OnnxModel:
     """Make the graph and its weights, check them, and record how they were made."""
     onnx, scratch = folder / "onnx", folder / "scratch"
-    calibrated = calibrated_of(folder)
+    if settings.graph is Graph.optimum:
+        optimum.python()  # now, with its minutes on the terminal
+    calibrated, shared = calibrated_of(folder), shared_of(folder, provenance, target, settings)
     calibration = calibration_of(target, settings)
     texts = [json.loads(line)["text"] for line in TEXTS.read_text().splitlines()]
     request = Request(
@@ -71,6 +79,7 @@ def export_onnx(
         calibration=read_calibration(settings.calibration) if calibration else [],
         calibration_tokens=settings.calibration_tokens,
         calibrated=str(calibrated),
+        shared=str(shared),
     )
     exported = run_worker(request)
     shutil.rmtree(scratch)
@@ -84,8 +93,10 @@ def export_onnx(
         names = ", ".join(exported.rounded[:3]) + (", …" if len(exported.rounded) > 3 else "")
         notes.append(f"{len(exported.rounded)} weights with rows on no grid are rounded: {names}")
     notes += carry_over(checkpoint, onnx)
+    require_structure(onnx, target, kept_in_int8(checkpoint, target, exported.linears))
     checked_on, differences = require_it_generates(onnx, checkpoint, target)
     shutil.rmtree(calibrated, ignore_errors=True)
+    pinned = optimum.versions() if settings.graph is Graph.optimum else {}
     arguments = builder_arguments(target) if exported.graph == "genai" else []
     onnx_provenance = write_provenance(
         onnx,
@@ -97,7 +108,7 @@ def export_onnx(
         quantizer=target.quantizer.value if target.precision.bits else "",
         calibration=calibration | ({"linears": exported.linears} if exported.linears else {}),
         builder_arguments=arguments,
-        versions=versions(*LIBRARIES),
+        versions=versions(*LIBRARIES) | pinned,
         notes=notes,
     )
     return OnnxModel(
@@ -125,6 +136,20 @@ def calibrated_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.calibrated")
 
 
+def shared_of(folder: Path, provenance: Provenance, target: Target, settings: Export) -> Path:
+    """Where lies what targets of a checkpoint share: its answers, and what int4 harms in it."""
+    calibration = calibration_of(target, settings)
+    own = {
+        "checkpoint": provenance.identity,
+        "text": [calibration.get(name) for name in ("text", "tokens")],
+        "rounding": [target.precision.value, target.builder_options.get("block_size")],
+        "graph": settings.graph.value,
+        "versions": versions(*LIBRARIES),
+        "code": code_digests(WORKER),
+    }
+    return folder.with_name(f"{digest_of(own)[:16]}.shared")
+
+
 def calibration_of(target: Target, settings: Export) -> dict[str, Any]:
     """All that shapes the weights of a calibrated target; nothing of others."""
     if not target.quantizer.calibrates:
@@ -133,6 +158,11 @@ def calibration_of(target: Target, settings: Export) -> dict[str, Any]:
     mixed = {name: getattr(target, name) for name in ("int8", "budget_mb", "budget_bits")}
     own = {name: value for name, value in mixed.items() if value}
     return {"text": text, "tokens": settings.calibration_tokens, **own}
+
+
+def project_of(graph: Graph) -> dict[str, Any]:
+    """What shapes a graph besides this project's modules: the files of optimum's project."""
+    return {"project": digest_files(optimum.PROJECT)} if graph is Graph.optimum else {}
 
 
 def main(config: Config) -> OnnxModel:
@@ -147,7 +177,11 @@ def main(config: Config) -> OnnxModel:
 
     def make(folder: Path) -> OnnxModel:
         if "export_onnx" in config.force:
-            shutil.rmtree(calibrated_of(folder), ignore_errors=True)
+            for each in (
+                calibrated_of(folder),
+                shared_of(folder, provenance, config.target, config.export),
+            ):
+                shutil.rmtree(each, ignore_errors=True)
         return export_onnx(checkpoint, provenance, config.target, config.export, folder)
 
     return run_step(
@@ -160,6 +194,7 @@ def main(config: Config) -> OnnxModel:
             "export": asdict(replace(config.export, calibration="", calibration_tokens=WINDOW)),
             "calibration": calibration_of(config.target, config.export),
             "versions": versions(*LIBRARIES),
+            **project_of(config.export.graph),
         },
         make=make,
     )

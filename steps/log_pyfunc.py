@@ -2,6 +2,7 @@
 
     python -m steps.log_pyfunc source=/data/onnx
     python -m steps.log_pyfunc source=/data/onnx log_pyfunc.interfaces=[chat]
+    python -m steps.log_pyfunc source=[/data/for-cuda,/data/for-cpu] target=cuda-fp16
     mlflow models serve -m models:/m-… --env-manager local
 
 Ends with a proof: the models are asked in an environment of their own requirements alone.
@@ -19,6 +20,7 @@ from pathlib import Path
 import mlflow
 from mlflow.models import Model
 
+from slm.bundle import bundle, digests_of, provider_of
 from slm.config import ROOT, Config, Interface, LogPyfunc, Signing, Target
 from slm.digests import (
     Provenance,
@@ -30,10 +32,11 @@ from slm.digests import (
     size_mb,
 )
 from slm.environments import environment_of
-from slm.errors import StepError
+from slm.errors import InputError, StepError
 from slm.proof import prove
-from slm.records import LoggedModel, LoggedModels
+from slm.records import ANY, LoggedModel, LoggedModels
 from slm.running.command import entry_point
+from slm.running.lineage import link_training, training_tags
 from slm.running.links import copies_as_links
 from slm.running.run import run_step
 from slm.running.tracking import local_path, logged_model_exists, shown_tracking_uri
@@ -54,20 +57,24 @@ FORBIDDEN = ("torch", "transformers")  # in the environment of a logged ONNX mod
 
 @dataclass(frozen=True)
 class Packaging:
-    """What is logged of an ONNX folder besides the folder: the same for each interface."""
+    """What is logged of an ONNX folder besides the folder: the same for each interface.
+
+    `target` is that of the folder, or the first of those that it is for.
+    """
 
     model: str
     target: Target
     settings: LogPyfunc
     requirements: list[str]
     signing: Signing
-    tool_calls: str
+    tool_calls: str = "none"
 
 
 def log_pyfunc(onnx: Path, provenance: Provenance, packaging: Packaging, work: str) -> LoggedModels:
     """Log a model for each interface, and ask them in a fresh environment of their own."""
     provider = packaging.target.execution_provider.value
-    tried_here = (provenance.checked_on or provider) == provider
+    first = provenance.parts.get(packaging.target.name, provenance)
+    tried_here = (first.checked_on or provider) == provider
     if not tried_here:
         log.info("%s is absent here: the input example is logged untried", provider)
         for noisy in ("mlflow.models.model", "mlflow.utils.requirements_utils"):
@@ -87,26 +94,30 @@ def log_interface(
 ) -> LoggedModel:
     """Log the ONNX folder with an interface's code, signature, settings and provenance."""
     provider = packaging.target.execution_provider.value
+    # A list, since MLflow sorts the keys of what it stores.
+    parts = [[name, provider_of(onnx / name)] for name in provenance.parts]
+    target = provenance.target if parts else packaging.target.name
     settings = {
         "model_name": packaging.model,  # `model` is a parameter of the run
         "tool_calls": packaging.tool_calls,
-        "execution_provider": provider,
+        "execution_provider": None if parts else provider,
+        **({"targets": parts} if parts else {}),
         **{field.name: getattr(packaging.settings, field.name) for field in fields(Settings)},
         **dict.fromkeys(AT_LOAD),  # null: as the checkpoint has them
         "max_tokens": packaging.settings.max_tokens,
-        "sha256": provenance.files,
+        "sha256": digests_of(onnx, provenance) if parts else provenance.files,
     }
     code = digest_of(digest_files(PACKAGE))
     model = LoggedModel(
         uri="",
-        name=f"{packaging.model}-{packaging.target.name}-{interface.value}",
+        name=f"{packaging.model}-{target}-{interface.value}",
         model=packaging.model,
         interface=interface.value,
         content=digest_of(
             [provenance.identity, code, packaging.requirements, settings, interface.value]
         ),
         provenance=provenance,
-        execution_provider=provider,
+        execution_provider=ANY if parts else provider,
         size_mb=size_mb(onnx),
     )
     signature, example = SIGNATURES[interface]()
@@ -125,8 +136,9 @@ def log_interface(
             metadata=model.metadata(),
             tags={
                 "model": packaging.model,
-                "target": packaging.target.name,
+                "target": target,
                 "interface": interface.value,
+                **training_tags(provenance),
             },
         )
     return model.stored_as(logged.model_uri)
@@ -160,11 +172,12 @@ def shipped_code(interface: Interface, name: str) -> Iterator[tuple[Path, Path]]
                     del sys.modules[module]
 
 
-def runtime_requirements(runtime_package: str) -> list[str]:
+def runtime_requirements(target: Target) -> list[str]:
     """Pins for the logged model: the target's runtime, as it exported, and no torch."""
     pins = versions("mlflow", "numpy")
-    pins[runtime_package] = versions("onnxruntime-genai")["onnxruntime-genai"]
-    return [f"{package}=={version}" for package, version in pins.items()]
+    pins[target.runtime_package] = versions("onnxruntime-genai")["onnxruntime-genai"]
+    own = [target.provider_package] if target.provider_package else []
+    return [f"{package}=={version}" for package, version in pins.items()] + own
 
 
 def prove_environment(
@@ -188,36 +201,63 @@ def all_exist(result: LoggedModels) -> bool:
     return all(logged_model_exists(model.model_id) for model in result.models)
 
 
+def require_first(provenances: list[Provenance], config: Config) -> None:
+    """Raise InputError unless the folders are those of log_pyfunc.targets, and of `target` first.
+
+    Its runtime is what the model requires.
+    """
+    found, told = [provenance.target for provenance in provenances], config.log_pyfunc.targets
+    if found[0] != config.target.name:
+        raise InputError(
+            f"source begins with a folder for {found[0]}; target is {config.target.name}. Give "
+            f"target={found[0]}: its runtime is what the model requires."
+        )
+    if told and found != told:
+        raise InputError(f"source is for {found}; log_pyfunc.targets is {told}.")
+
+
 def main(config: Config) -> LoggedModels:
-    onnx = local_path(config.source, "source", "export_onnx")
-    require_files(onnx, "genai_config.json", made_by="export_onnx")
-    provenance = read_provenance(onnx)
-    require_model(provenance, config.model.name)
+    uris = config.source if isinstance(config.source, list) else [config.source]
+    folders = [local_path(uri, "source", "export_onnx") for uri in uris]
+    for folder in folders:
+        require_files(folder, "genai_config.json", made_by="export_onnx")
+    provenances = [read_provenance(folder) for folder in folders]
+    for provenance in provenances:
+        require_model(provenance, config.model.name)
+    if len(folders) > 1 or config.log_pyfunc.targets:
+        require_first(provenances, config)
     require_key_to_sign(config.signing)
     packaging = Packaging(
         config.model.name,
         config.target,
         config.log_pyfunc,
-        runtime_requirements(config.target.runtime_package) + verifier_requirements(config.signing),
+        runtime_requirements(config.target) + verifier_requirements(config.signing),
         config.signing,
         config.model.tool_calls,
     )
 
-    def make(_: Path) -> LoggedModels:
+    def make(folder: Path) -> LoggedModels:
+        onnx, provenance = folders[0], provenances[0]
+        if len(folders) > 1:
+            onnx = folder / "onnx"
+            provenance = bundle(folders, provenances, onnx)
         with copies_as_links(onnx, work_folder(config.paths.work)):
-            return log_pyfunc(onnx, provenance, packaging, config.paths.work)
+            logged = log_pyfunc(onnx, provenance, packaging, config.paths.work)
+        shutil.rmtree(folder / "onnx", ignore_errors=True)
+        return logged
 
     return run_step(
         "log_pyfunc",
         config,
         LoggedModels,
         key={
-            "onnx": provenance.identity,
+            "onnx": [provenance.identity for provenance in provenances],
             "packaging": asdict(packaging) | {"signing": signed_by(config.signing)},
             "ships": digest_files(PACKAGE),
             "tracking": shown_tracking_uri(),
         },
         make=make,
+        publish=lambda *_: link_training(provenance),
         still_there=all_exist,
     )
 

@@ -23,6 +23,7 @@ from slm.digests import (
 )
 from slm.records import LoggedModel, LoggedModels
 from slm.running.command import entry_point
+from slm.running.lineage import link_training, training_tags
 from slm.running.links import copies_as_links
 from slm.running.run import run_step
 from slm.running.tracking import local_path, logged_model_exists, shown_tracking_uri
@@ -66,7 +67,7 @@ def log_transformers(
             input_example={"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 16},
             model_card=ModelCard(f"---\nlicense: {licence}\n---\n# {model_name}\n"),
             metadata=model.metadata(),
-            tags={"model": model_name, "interface": "chat"},
+            tags={"model": model_name, "interface": "chat", **training_tags(provenance)},
         )
     stored = model.stored_as(logged.model_uri)
     return LoggedModels(stored.uri, [stored], stored.size_mb)
@@ -118,6 +119,7 @@ def main(config: Config) -> LoggedModels:
             "signing": signed_by(config.signing),
         },
         make=make,
+        publish=lambda *_: link_training(provenance),
         still_there=lambda result: logged_model_exists(result.models[0].model_id),
     )
 

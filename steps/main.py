@@ -21,13 +21,14 @@ from mlflow.utils.databricks_utils import get_databricks_host_creds
 from omegaconf import OmegaConf
 
 from slm.config import ROOT, Config
-from slm.errors import StepError, ToldError, UserError, is_away
+from slm.errors import InfrastructureError, StepError, ToldError, UserError, is_away
 from slm.evaluation.summary import show
 from slm.records import from_json
 from slm.redaction import redacted
 from slm.registry.kinds import require_registry
-from slm.running.chain import PIPELINE, Link, kept
+from slm.running.chain import Link, is_of_target, kept, of_first_target, of_target, pipeline
 from slm.running.command import entry_point
+from slm.running.killed import was_killed
 from slm.running.run import Ask
 from slm.running.summary import note_step
 from slm.running.tracking import mlflow_run, store_variables
@@ -50,7 +51,7 @@ class Chain:
     """Runs entry points of MLproject one after the other, each as a child run."""
 
     def __init__(self, config: Config, model: str, target: str, overrides: list[str]) -> None:
-        self.config = config
+        self.config, self.overrides, self.links = config, overrides, pipeline(config)
         self.parameters = {"model": model, "target": target, "overrides": json.dumps(overrides)}
         self.children: dict[str, Child] = {}
 
@@ -61,27 +62,32 @@ class Chain:
     def run(self, link: Link) -> None:
         """Run a step, or reuse its outcome; ToldError with the step's own error if it fails.
 
-        StepError if it fails without a word: if it was killed, say.
+        InfrastructureError if it was killed, StepError if it fails without a word otherwise.
         """
-        log.info("main: step %d of %d: %s", len(self.children) + 1, len(PIPELINE), link.step)
+        log.info("main: step %d of %d: %s", len(self.children) + 1, len(self.links), link.name)
         start = time.monotonic()
-        inputs = link.inputs({step: child.outcome for step, child in self.children.items()})
+        inputs = link.inputs({name: child.outcome for name, child in self.children.items()})
         try:
-            result = kept(link.step, self.config, inputs, Ask.reuse)
+            own = of_target(self.config, link.target)
+            result = kept(link.step, own, inputs, Ask.reuse)
         except (NotKept, UserError):
-            self.children[link.step] = self.child(link, inputs)
+            self.children[link.name] = self.child(link, inputs)
         else:
-            log.info("main: %s is reused: %s", link.step, result.uri)
-            self.children[link.step] = Child(result, time.monotonic() - start, reused=True)
+            log.info("main: %s is reused: %s", link.name, result.uri)
+            self.children[link.name] = Child(result, time.monotonic() - start, reused=True)
 
     def child(self, link: Link, inputs: dict[str, Any]) -> Child:
         """Run a step in a process of its own, and read what it left in its MLflow run."""
         told = {k: v if isinstance(v, str) else json.dumps(v) for k, v in inputs.items()}
-        run = mlflow.get_run(self.started(link.step, {**self.parameters, **told}))
+        own = {}
+        if link.target:
+            overrides = [o for o in self.overrides if not is_of_target(o)]
+            own = {"target": link.target, "overrides": json.dumps(overrides)}
+        run = mlflow.get_run(self.started(link.step, {**self.parameters, **own, **told}))
         record = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/{RESULT}")["outcome"]
         result = from_json(link.outcome, record)
         seconds, why = run.data.metrics["duration_s"], run.data.tags.get("why", "")
-        note_step(link.step, result, seconds, why, run.info.run_id)
+        note_step(link.name, result, seconds, why, run.info.run_id)
         return Child(result, seconds, reused=not why)
 
     def started(self, step: str, parameters: dict[str, str]) -> str:
@@ -120,6 +126,12 @@ class Chain:
             if reason := tags.get("error"):
                 code = int(tags.get("exit_code", StepError.exit_code))
                 raise ToldError(f"{step} failed: {reason}", code) from error
+            if children and was_killed(children[0], work_folder(self.config.paths.work)):
+                raise InfrastructureError(
+                    f"{step} ended without a word: it was killed, most likely for lack of memory "
+                    "(`-e plan` says what it takes), or its tracking server went away. Run it "
+                    "again."
+                ) from error
             raise StepError(f"{step} failed: {error}") from error
 
 
@@ -169,11 +181,13 @@ def next_lines(work: str, report: str, registered: str) -> dict[str, str]:
 def main(config: Config) -> None:
     require_registry(config.register)
     require_key_to_sign(config.signing)
-    choices = HydraConfig.get().runtime.choices
-    chain = Chain(config, choices["model"], choices["target"], overrides_for_children())
+    choices, asked = HydraConfig.get().runtime.choices, config
+    config = of_first_target(config)
+    target = choices["target"] if config is asked else config.target.name
+    chain = Chain(config, choices["model"], target, overrides_for_children())
     with mlflow_run("main", work_folder(config.paths.work)):
-        mlflow.log_params({"model.name": config.model.name, "target.name": config.target.name})
-        for link in PIPELINE:
+        mlflow.log_params({"model.name": config.model.name, "target.name": config.target_name})
+        for link in chain.links:
             chain.run(link)
         evaluation, registration = (
             chain.children[step].outcome for step in ("evaluate", "register")

@@ -20,14 +20,14 @@ from slm.config import Config
 from slm.evaluation.summary import table
 from slm.records import Checkpoint
 from slm.registry.kinds import require_registry
-from slm.running.chain import PIPELINE, Link, kept
+from slm.running.chain import Link, kept, of_first_target, of_target, pipeline
 from slm.running.command import entry_point
 from slm.running.costs import Cost, Size, cost_of
 from slm.running.run import Ask
 from slm.running.summary import note
 from slm.running.work import NotKept, records, work_folder
 from slm.seal import require_key_to_sign
-from slm.sources.resolve import resolve
+from slm.sources.adapter import sources_of
 from slm.sources.weights import read_tensors
 
 REUSED, RUNS, MAY_RUN = "reused", "runs", "may run"
@@ -59,13 +59,17 @@ def plan(config: Config) -> Plan:
     """Ask every step in turn. InputError where a step would refuse what it is given."""
     require_registry(config.register)
     require_key_to_sign(config.signing)
+    config = of_first_target(config)
+    links = pipeline(config)
     work = work_folder(config.paths.work)
     outcomes: dict[str, Any] = {}
-    found = {link.step: ask(link, config, outcomes) for link in PIPELINE}
+    found = [(link, *ask(link, of_target(config, link.target), outcomes)) for link in links]
     size = size_of(config, outcomes.get("fetch"))
     steps = [
-        Planned(step, does, why, *(costing(step, config, size) if does != REUSED else (Cost(),)))
-        for step, (does, why) in found.items()
+        Planned(link.name, does, why, *cost)
+        for link, does, why in found
+        for own in [of_target(config, link.target)]
+        for cost in [costing(link.step, own, size) if does != REUSED else (Cost(),)]
     ]
     return Plan(
         steps,
@@ -85,10 +89,10 @@ def ask(link: Link, config: Config, outcomes: dict[str, Any]) -> tuple[str, str]
             return RUNS, f"never made of {config.model.name}"
         return MAY_RUN, f"if {' or '.join(waits_for)} ends otherwise"
     try:
-        outcomes[link.step] = kept(link.step, config, link.inputs(outcomes), Ask.look)
+        outcomes[link.name] = kept(link.step, config, link.inputs(outcomes), Ask.look)
     except NotKept as why:
         return RUNS, str(why)
-    return REUSED, outcomes[link.step].uri
+    return REUSED, outcomes[link.name].uri
 
 
 def costing(step: str, config: Config, size: Size | None) -> tuple[Cost, str]:
@@ -108,13 +112,13 @@ def costing(step: str, config: Config, size: Size | None) -> tuple[Cost, str]:
 def size_of(config: Config, checkpoint: Checkpoint | None) -> Size | None:
     """The model's size: of the checkpoint, else as conf/ or its source says; None if none does."""
     if checkpoint is not None:
-        tensors = read_tensors(Path(checkpoint.uri), config.model.source).values()
+        tensors = read_tensors(Path(checkpoint.uri), checkpoint.source).values()
         return Size(sum(tensor.size for tensor in tensors) / 1e9, checkpoint.size_mb / 1e3)
-    source, parameters = config.model.source, config.model.parameters
+    source, parameters = config.model.source or "", config.model.parameters
     stored = 4 if source.endswith(".gguf") else 2  # bytes: dequantized to float32, or in bfloat16
     if parameters:
         return Size(parameters / 1e9, stored * parameters / 1e9)
-    checkpoint_gb = resolve(config.model).weights_gb()
+    checkpoint_gb = sources_of(config.model)[1].weights_gb()
     return None if checkpoint_gb is None else Size(checkpoint_gb / stored, checkpoint_gb)
 
 

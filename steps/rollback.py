@@ -198,7 +198,7 @@ def go_back(client: MlflowClient, step: Move, tag: str) -> None:
 def main(config: Config) -> None:
     with mlflow_run("rollback", work_folder(config.paths.work)) as run:
         log_parameters("register", config)
-        names = registered_names(config.model.name, config.target.name, config.register)
+        names = registered_names(config.model.name, config.target_name, config.register)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         who = run.data.tags.get("mlflow.user", "")
         request = Request((config.reason or "").strip() or "no reason given", now, who)

@@ -36,7 +36,7 @@ from slm.records import (
 )
 from slm.running.command import heed_another_source, split_overrides
 from slm.seal import verifier_requirements
-from tests.checkpoints import write_as_phi3, write_tiny
+from tests.checkpoints import write_as_phi3, write_tiny, write_tokenizer
 
 if TYPE_CHECKING:
     from tests.databricks import Workspace
@@ -268,6 +268,14 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lettered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights and a tokenizer of letters, which needs no other model."""
+    folder = tmp_path_factory.mktemp("lettered")
+    (folder / "tokenizer").mkdir()
+    return write_tiny(folder / "checkpoint", write_tokenizer(folder / "tokenizer"))
+
+
+@pytest.fixture(scope="session")
 def tiny_onnx(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX folder of `tiny`."""
     folder, target = tmp_path_factory.mktemp("tiny-onnx") / "onnx", composed().target
@@ -408,7 +416,7 @@ def log_onnx(
 
     config = composed(f"log_pyfunc.max_tokens={max_tokens}", f"model.tool_calls={tool_calls}")
     signing = signing or config.signing
-    requirements = runtime_requirements(config.target.runtime_package)
+    requirements = runtime_requirements(config.target)
     requirements += verifier_requirements(signing)
     packaging = Packaging(
         *(config.model.name, config.target, config.log_pyfunc, requirements, signing),

@@ -5,9 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import requests
 
 
 class Server:
@@ -49,3 +53,36 @@ class Server:
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+class Lossy(ThreadingHTTPServer):
+    """Stands before a server, and loses its replies to the first requests of a path each."""
+
+    def __init__(self, server: Server, path: str, losses: int) -> None:
+        super().__init__(("127.0.0.1", 0), Passing)
+        self.server, self.path, self.losses = server, path, losses
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Passing(BaseHTTPRequestHandler):
+    server: Lossy
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        url = f"{self.server.server.address}{self.path}"
+        answer = requests.request(self.command, url, headers=dict(self.headers), data=body)
+        if self.path.endswith(self.server.path) and self.server.losses:
+            self.server.losses -= 1
+            self.connection.close()
+            return
+        self.send_response(answer.status_code)
+        self.send_header("Content-Type", answer.headers.get("Content-Type", ""))
+        self.send_header("Content-Length", str(len(answer.content)))
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = pass_on

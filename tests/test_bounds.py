@@ -118,9 +118,8 @@ def test_an_export_that_is_killed_at_a_tensor_is_not_taken_for_whole(
     small: Path, tmp_path: Path
 ) -> None:
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    for last in (2, 17):
-        assert exit_code(export_until, small, broken, last) == -signal.SIGKILL
-        assert (broken / "model.onnx.data").exists() and not (broken / "model.onnx").exists()
+    assert exit_code(export_until, small, broken, 17) == -signal.SIGKILL
+    assert (broken / "model.onnx.data").exists() and not (broken / "model.onnx").exists()
     assert exit_code(export, small, broken) == exit_code(export, small, whole) == 0
     for name in ("model.onnx", "model.onnx.data"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from slm.config import ROOT
+from slm.config import ROOT, Quantizer
 from slm.digests import read_provenance, write_provenance
 from slm.errors import InputError, StepError
 from slm.exporters import builder, graph, mobius
@@ -22,12 +22,14 @@ from slm.exporters.calibration import Rounding, Saved, calibrate, product, sum_o
 from slm.exporters.calibration_text import read_calibration
 from slm.exporters.decoder import Decoder, Tensors
 from slm.exporters.gptq import Inputs, pack, round_weight, search_scales, unpack
+from slm.exporters.quantizers import MIXED, require_possible, share_budget
 from slm.exporters.sensitivity import sensitivity, sizes_of
-from slm.exporters.worker import MIXED, Request, quantizer_of, share_budget, silent
+from slm.exporters.worker import Request, silent
 from slm_pyfunc.engine.runtime import Runtime
 from tests.checkpoints import write_as_phi3, write_shallow, write_tiny, write_tokenizer
 from tests.conftest import Project, composed
 
+MIXED_TARGET = ("target=cpu-int4-mixed-acc-level-4", "target.budget_bits=null")
 WORDS = 8  # an n-gram this long is not in two texts by chance
 
 
@@ -117,6 +119,7 @@ def export(maker: Any, checkpoint: Path, quantizer: graph.Quantizer, folder: Pat
         (builder, "untied"),
         (builder, "head"),
         (mobius, "head"),
+        (mobius, "wide"),
     ],
 )
 def test_an_export_says_what_its_rounded_weights_say_in_torch(
@@ -131,11 +134,12 @@ def test_an_export_says_what_its_rounded_weights_say_in_torch(
     if kind == "phi3":
         checkpoint = write_as_phi3(tmp_path / "phi3", tiny)
     int8 = ["v_proj", "0.mlp.down_proj", *(["lm_head"] if kind == "head" else [])]
-    quantizer = calibrated(checkpoint, tmp_path / "calibrated", *int8)
+    block_size = 128 if kind == "wide" else 32  # of 64 inputs
+    quantizer = calibrated(checkpoint, tmp_path / "calibrated", *int8, block_size=block_size)
     runtime = export(maker, checkpoint, quantizer, tmp_path / "onnx")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     for path in quantizer.folder.glob("*.safetensors"):
-        saved = Saved(path, 32)
+        saved = Saved(path, block_size)
         for name in saved.names():
             module = model.get_submodule(name)
             module.weight = saved[name].weight(module.weight.shape[1])
@@ -179,6 +183,32 @@ def test_the_estimate_of_what_int4_harms_is_what_it_harms(tiny: Path, tmp_path: 
             linear.weight = before
             divergence = float((whole.exp() * (whole - rounded)).sum(-1).mean())
             assert found[name] == pytest.approx(divergence, rel=0.5), name
+
+
+def test_a_pass_that_broke_off_at_each_layer_finds_what_a_whole_one_finds(
+    tiny: Path, tmp_path: Path
+) -> None:
+    tokens = [int(token) for token in np.random.default_rng(4).integers(3, 200, 128)]
+    rounding = Rounding(4, 32, [])
+    steps: list[str] = []
+    again: list[str] = []
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    found = sensitivity(Decoder(tiny, tokens, 64), rounding, whole, steps.append)
+    assert len(steps) == 5  # two layers forward, the head, two layers back
+
+    for number in range(1, 5):  # the last step is begun, and the one before it is done
+        with pytest.raises(KeyboardInterrupt):
+            sensitivity(Decoder(tiny, tokens, 64), rounding, broken, partial(die_at, steps[number]))
+    assert sensitivity(Decoder(tiny, tokens, 64), rounding, broken, again.append) == found
+    assert again == steps[-1:]
+    assert sensitivity(Decoder(tiny, tokens, 64), rounding, broken, pytest.fail) == found
+
+
+def die_at(last: str, said: str) -> None:
+    if said == last:
+        raise KeyboardInterrupt
 
 
 def test_a_weight_that_is_not_the_checkpoints_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -304,12 +334,12 @@ def test_a_budget_is_kept_and_spent_the_same_way_twice(tiny: Path, tmp_path: Pat
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
         decoder = Decoder(tiny, tokens, 64)
-        sizes = sizes_of(decoder, 32)
+        sizes = sizes_of(decoder.linears, 32)
         least, most = (sum(size[i] for size in sizes.values()) for i in (1, 2))
         for share in (0, 0.1, 1):
             budget_mb = (least + share * (most - least)) / 1e6
-            target = composed("target.quantizer=gptq", f"target.budget_mb={budget_mb!r}").target
-            int8 = share_budget(target, decoder, rounding, folder)
+            target = composed(*MIXED_TARGET, f"target.budget_mb={budget_mb!r}").target
+            int8 = share_budget(target, decoder, rounding, folder, folder, silent)
             noted = json.loads((folder / MIXED).read_text())
             assert noted.keys() == sizes.keys()
             assert all(each["divergence"] > 0 for each in noted.values())
@@ -327,7 +357,7 @@ def test_a_mixed_exports_provenance_has_the_bits_of_each_linear(
     write_provenance(checkpoint)
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": " ".join(str(number) for number in range(400))}))
-    target = ["target=cpu-int4-gptq-block-32-acc-level-4", "target.budget_bits=4.55"]
+    target = ["target=cpu-int4-mixed-acc-level-4", "target.budget_bits=4.55"]
     calibration = [f"export.calibration={text}", "export.calibration_tokens=512"]
     exported = project.call("export_onnx", f"source={checkpoint}", *target, *calibration)
     found = read_provenance(Path(exported.uri)).calibration
@@ -346,26 +376,26 @@ def test_a_mixed_exports_provenance_has_the_bits_of_each_linear(
     ("mixing", "words"),
     [
         ("target.budget_bits=4", r"budget is .* MB; this .* take .* MB in int4 and .* in int8"),
-        ("target.int8=[qkv_proj]", "int8 is qkv_proj; none of it .* such as lm_head"),
+        ("target.int8=[v_proj,qkv_proj]", "int8 has qkv_proj, which is not the end .* lm_head"),
+        ("target.quantizer=mse", "has 9 tokens; calibration reads windows of 512"),
     ],
 )
-def test_a_mixture_that_the_checkpoint_has_no_place_for_is_refused_before_any_pass(
+def test_what_cannot_be_calibrated_is_refused_before_any_pass(
     mixing: str, words: str, tmp_path: Path
 ) -> None:
     checkpoint = write_tiny(tmp_path / "checkpoint", write_tokenizer(tmp_path / "tokenizer"))
-    folder = tmp_path / "calibrated"
+    config = composed("target=cpu-int4-gptq-block-32-acc-level-4", mixing)
+    numbers = 400 if config.target.quantizer is Quantizer.gptq else 5
     request = Request(
         checkpoint=str(checkpoint),
         onnx="",
         scratch="",
-        target=composed("target=cpu-int4-gptq-block-32-acc-level-4", mixing).target,
+        target=composed(*MIXED_TARGET, mixing).target,
         makers=[],
         text="",
         parity_tokens=2,
-        calibration=[{"text": " ".join(str(number) for number in range(400))}],
+        calibration=[{"text": " ".join(str(number) for number in range(numbers))}],
         calibration_tokens=512,
-        calibrated=str(folder),
     )
     with pytest.raises(InputError, match=words):
-        quantizer_of(request, "genai")
-    assert not list(folder.iterdir())
+        require_possible(request)

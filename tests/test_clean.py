@@ -73,6 +73,30 @@ def test_the_longest_unused_go_until_the_bounds_are_kept(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["work"]  # no store was made
 
 
+def test_what_has_a_name_elsewhere_frees_nothing(tmp_path: Path, work: Path) -> None:
+    """As weights have in MLflow's store, and two outcomes may share."""
+    os.link(work / "fetch/old/weights", tmp_path / "elsewhere")
+    os.link(work / "fetch/new/weights", work / "export_onnx/middle/weights.2")
+    for dry in ("true", "false"):
+        done = cleaned(tmp_path, "clean.max_gb=0", f"clean.dry_run={dry}")
+        assert (done.removed_gb, done.freed_gb) == pytest.approx((4e-3, 2e-3), rel=0.01)
+
+
+def test_the_hubs_cache_in_the_work_folder_is_bounded_while_nothing_runs(
+    tmp_path: Path, work: Path
+) -> None:
+    for name, days in (("models--a--old", 40), ("models--a--new", 0)):
+        blob = work / "hub" / name / "blobs" / "1"
+        blob.parent.mkdir(parents=True)
+        blob.write_bytes(b"weights")
+        for path in (blob, blob.parent):
+            os.utime(path, (time.time() - days * DAY_S,) * 2)
+    (work / "running").mkdir()
+    with FileLock(work / "running" / "1.lock"):
+        assert cleaned(tmp_path).kept["hub/models--a--old"] == "a live run uses it"
+    assert names(cleaned(tmp_path)) == ["hub/models--a--old"]
+
+
 def test_what_is_being_made_stays(tmp_path: Path, work: Path) -> None:
     with FileLock(work / "fetch" / "old.lock"):
         assert cleaned(tmp_path).kept["fetch/old"] == "it is being made"

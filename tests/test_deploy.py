@@ -113,7 +113,8 @@ def test_the_build_context_holds_what_the_steps_need_and_nothing_else() -> None:
         if line.startswith("!")
     }
     assert all((ROOT / name).exists() for name in kept)
-    assert kept >= {"MLproject", "conda.yaml", "conf", "data", "slm", "slm_pyfunc", "steps"}
+    assert kept >= {"MLproject", "conda.yaml", "conf", "data", "exporters"}
+    assert kept >= {"slm", "slm_pyfunc", "steps"}
     assert not {".git", ".venv", "tests", "mlruns", "work"} & kept
 
 

@@ -16,6 +16,7 @@ import onnx as onnx_format
 import pandas as pd
 import pytest
 import yaml
+from mlflow.exceptions import MlflowException
 
 from slm.config import Baseline, Evaluate, Gate
 from slm.errors import InputError, VerdictError
@@ -43,7 +44,7 @@ from slm.evaluation.positions import turning_point
 from slm.evaluation.report import About, write_report
 from slm.evaluation.sanity import is_degenerate
 from slm.evaluation.speed import decode_rates
-from slm.evaluation.tasks import missed
+from slm.evaluation.tasks import missed, show_answers
 from slm.evaluation.worker import measure_candidate
 from slm.records import Evaluation, LoggedModel
 from slm.registry.names import version_with_alias
@@ -599,3 +600,17 @@ def leave_reference(folder: Path, model: Fixed) -> None:
 def settings(**values: Any) -> Evaluate:
     """conf/evaluate/smoke.yaml with other values."""
     return replace(composed().evaluate, kinds=[], languages=[], **values)
+
+
+def test_a_tracking_server_without_traces_costs_no_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(**_: Any) -> None:
+        raise MlflowException(words)
+
+    monkeypatch.setattr("mlflow.genai.evaluate", refused)
+    words = "NOT_FOUND: 404 Not Found"
+    show_answers([], "m-1")
+    words = "API request to http://host failed"
+    with pytest.raises(MlflowException):
+        show_answers([], "m-1")

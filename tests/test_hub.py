@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from slm.digests import read_provenance
 from slm.errors import InputError, UnreachableError
 from slm.evaluation.data import read_texts
 from slm.running.chain import kept
 from slm.running.run import Ask
 from slm.running.work import NotKept
+from tests.checkpoints import write_tiny_gguf
 from tests.conftest import Project, composed, tracking
+from tests.test_adapter import told, write_adapter
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 
@@ -31,6 +34,8 @@ class Hub(ThreadingHTTPServer):
         self.commit = COMMIT  # what a branch points at
         self.requests: list[tuple[str, str, str | None]] = []
         self.tokens: set[str | None] = set()
+        self.gated = False
+        self.licence: str | None = "apache-2.0"
         self.cut_off_at: list[int] = []  # bytes, one for each answer to come
 
     @property
@@ -51,17 +56,26 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         self.server.requests.append((self.command, path, self.headers.get("Range")))
         self.server.tokens.add(self.headers.get("Authorization"))
-        if path.startswith("/api/models/acme/tiny/revision/"):
+        if self.server.gated or path.endswith("/revision/no-such-tag"):
+            self.refuse("GatedRepo" if self.server.gated else "RevisionNotFound")
+        elif path.startswith("/api/models/acme/tiny/revision/"):
             self.answer(self.model_info())
         elif path.startswith(f"/api/models/acme/tiny/tree/{self.server.commit}"):
             self.answer([self.tree_entry(sibling) for sibling in self.model_info()["siblings"]])
         elif path.startswith(
             (f"/acme/tiny/resolve/{self.server.commit}/", "/datasets/acme/texts/resolve/v1/")
         ):
-            self.file(path.rsplit("/", 1)[1], body)
+            name = path.removeprefix(f"/acme/tiny/resolve/{self.server.commit}/")
+            self.file(name if name in self.server.files else path.rsplit("/", 1)[1], body)
         else:
             self.send_response(404)
             self.end_headers()
+
+    def refuse(self, code: str) -> None:
+        self.send_response(403 if code == "GatedRepo" else 404)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def model_info(self) -> dict[str, Any]:
         siblings: list[dict[str, Any]] = []
@@ -71,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
                 digest = hashlib.sha256(content).hexdigest()
                 sibling["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 1}
             siblings.append(sibling)
-        card = {"license": "apache-2.0"}
+        card = {"license": self.server.licence}
         return {
             "id": "acme/tiny",
             "sha": self.server.commit,
@@ -256,6 +270,72 @@ def test_a_checkpoint_that_is_not_as_expected_costs_no_download_of_weights(
 ) -> None:
     with pytest.raises(InputError, match="is LlamaForCausalLM; model.architecture expects Phi3"):
         at_hub.call("fetch", *TINY, "model.architecture=Phi3ForCausalLM")
+    assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
+
+
+def test_a_gguf_at_the_hub_is_chosen_by_its_path(at_hub: Project, hub: Hub, tmp_path: Path) -> None:
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    content = write_tiny_gguf(tmp_path / "q4.gguf", template).read_bytes()
+    hub.files = {"q4/a.gguf": content, "q4/b.gguf": content, "q4/chat_template.jinja": b"{{ 1 }}"}
+    source = "model.source=hf://acme/tiny@main"
+    with pytest.raises(
+        InputError, match=rf"2 GGUF files: .* model\.source=hf://acme/tiny@{COMMIT}/"
+    ):
+        at_hub.call("fetch", *TINY, source)
+    with pytest.raises(InputError, match=r"has no c\.gguf; its GGUF files: q4/a\.gguf, q4/b\.gguf"):
+        at_hub.call("fetch", *TINY, f"{source}/c.gguf")
+    fetched = at_hub.call("fetch", *TINY, f"{source}/q4/b.gguf")
+    assert fetched.source == f"hf://acme/tiny@{COMMIT}/q4/b.gguf"
+    assert (Path(fetched.uri) / "chat_template.jinja").read_text() == "{{ 1 }}"
+    assert not [path for _, path, _ in hub.requests if path.endswith("a.gguf")]
+
+
+def test_an_adapter_at_the_hub_is_merged_into_the_base_that_it_names(
+    at_hub: Project, hub: Hub, lettered: Path, tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", lettered)
+    told(adapter, base_model_name_or_path=str(lettered))
+    hub.files = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    own = ["model.name=tuned", "model.source=null", "model.licence=null"]
+    fetched = at_hub.call("fetch", *TINY, *own, f"model.adapter=hf://acme/tiny@{COMMIT}")
+    recorded = read_provenance(Path(fetched.uri)).adapter
+    assert recorded and recorded.source == f"hf://acme/tiny@{COMMIT}"
+    assert recorded.licence == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    ("revision", "gated", "words"),
+    [
+        ("main", True, "hf://acme/tiny is gated: accept its terms on the hub, and set HF_TOKEN"),
+        ("no-such-tag", False, "hf://acme/tiny has no revision no-such-tag"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_clear_line(
+    at_hub: Project, hub: Hub, revision: str, gated: bool, words: str
+) -> None:
+    hub.gated = gated
+    with pytest.raises(InputError, match=words):
+        at_hub.call("fetch", *TINY, f"model.source=hf://acme/tiny@{revision}")
+    assert not list((at_hub.folder / "work").rglob("*.*"))
+
+
+def test_a_licence_that_is_not_allowed_costs_no_download_of_weights(
+    at_hub: Project, hub: Hub
+) -> None:
+    allowed = "fetch.allowed_licences=[mit, Apache-2.0]"
+    at_hub.call("fetch", *TINY, allowed)
+    hub.requests = []
+    words = (
+        r"the licence of hf://acme/tiny@\w+ is apache-2\.0; fetch\.allowed_licences allows mit\."
+    )
+    with pytest.raises(InputError, match=words):  # what was fetched before
+        at_hub.call("fetch", *TINY, "fetch.allowed_licences=[mit]")
+    hub.licence, hub.commit = "gemma", "d" * 40
+    with pytest.raises(InputError, match=r"is gemma; fetch\.allowed_licences allows mit, Apache"):
+        at_hub.call("fetch", *TINY, allowed, "model.licence=null")
+    hub.licence = None
+    with pytest.raises(InputError, match=r"states no licence, and .* set model\.licence"):
+        at_hub.call("fetch", *TINY, allowed, "model.licence=null")
     assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
 
 

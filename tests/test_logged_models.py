@@ -22,7 +22,7 @@ from slm.serving.errors import ApiError
 from slm.serving.models import OneByOne
 from steps import log_pyfunc
 from steps.log_pyfunc import prove_environment, runtime_requirements
-from tests.conftest import MODEL, TARGET, Packaged, Project, log_onnx, tracking
+from tests.conftest import MODEL, TARGET, Packaged, Project, composed, log_onnx, tracking
 
 FRANCE = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 SKY = "<|im_start|>user\nWhat colour is the sky?<|im_end|>\n<|im_start|>assistant\n"
@@ -216,7 +216,7 @@ def test_the_models_answer_in_an_environment_of_their_requirements_alone(
     prompt_folder: Path, chat_folder: Path, tmp_path: Path
 ) -> None:
     folders = [str(prompt_folder), str(chat_folder)]
-    requirements = runtime_requirements("onnxruntime-genai")
+    requirements = runtime_requirements(composed().target)
     prove_environment(requirements, folders, str(tmp_path))
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("environments/*/ready")}
     environment_of(requirements, tmp_path / "environments")  # it is kept, and found again

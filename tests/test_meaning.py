@@ -1,7 +1,6 @@
 """A checkpoint as people have them means the same in transformers and in its ONNX model."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm.config import Precision
 from slm.digests import Provenance, read_provenance
 from slm.errors import InputError
 from slm.evaluation.sanity import end_token_failure
@@ -53,7 +51,7 @@ def checkpoint(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its ONNX folder, in float32: without the noise of quantization."""
     config = composed()
-    target = replace(config.target, precision=Precision.fp32, builder_options={})
+    target = composed("target=cpu-fp32").target
     folder, provenance = tmp_path_factory.mktemp("exported"), read_provenance(checkpoint)
     return Path(export_onnx(checkpoint, provenance, target, config.export, folder).uri)
 

@@ -53,6 +53,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen2": {"max_window_layers": 1, "use_sliding_window": True, "sliding_window": None},
     "Gemma2": {"head_dim": 16, "sliding_window": 64},
     "Gemma3Text": {"head_dim": 16, "sliding_window": 64},
+    # Has names of its own for the shape, the context length among them, and no key for these two.
+    "GPT2": {"num_key_value_heads": 4, "intermediate_size": 256},
+    "Qwen3": {"head_dim": 16},
+    "SmolLM3": {"no_rope_layers": [1, 0]},
+    "Granite": {
+        "attention_multiplier": 0.25,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.5,
+    },
 }
 # Who makes a graph that means the same, with export.graph=auto; nobody is a refusal. The same table
 # stands in docs/targets-and-models.md. What is missing no configuration of transformers can say.
@@ -64,6 +74,10 @@ EXPECTED = {
     "Qwen2": f"plain genai, window genai, {ROPES}",
     "Gemma2": "plain genai, linear genai, yarn, dynamic genai, llama3 genai, longrope",
     "Gemma3Text": "plain genai",
+    "GPT2": "plain mobius",
+    "Qwen3": "plain genai",
+    "SmolLM3": "plain genai",
+    "Granite": "plain genai",
 }
 CASES = [
     (architecture, *f"{case} ".split(" ")[:2])

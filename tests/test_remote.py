@@ -1,5 +1,6 @@
 """A real tracking server on loopback, with its own artifact store, and PostgreSQL behind it."""
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -53,7 +54,9 @@ def test_a_server_that_is_killed_and_restarted_ends_with_the_same_registry(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Away for 20 s where a step of `main` starts, and killed again where its models answer."""
+    """Away where a step of `main` starts, for 20 s in `make test-kills`, and killed again where its
+    models answer.
+    """
     remote = Remote(tmp_path, address=server.address)
     write_provenance(tiny_onnx, target=TARGET)
     with tracking(remote), mlflow.start_run() as logging:
@@ -71,7 +74,7 @@ def test_a_server_that_is_killed_and_restarted_ends_with_the_same_registry(
     run = remote.client.create_run(logging.info.experiment_id).info.run_id
     server.kill()
     process = start_register(remote, evaluation, MLFLOW_RUN_ID=run)  # as `main` starts it
-    time.sleep(20)
+    time.sleep(20 if "SLM_KILLS" in os.environ else 5)
     server.start()
     assert process.stderr is not None
     while "fresh process" not in process.stderr.readline():

@@ -240,7 +240,7 @@ def test_a_sequence_that_cannot_be_computed_fails_alone(
     tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch, decoder: str, computed: int
 ) -> None:
     alone = decoder == "GeneratorDecoder"
-    monkeypatch.setattr("slm_pyfunc.engine.runtime.has_longrope", lambda _: alone)
+    monkeypatch.setattr("slm_pyfunc.engine.runtime.runs_alone", lambda _: alone)
     runtime, bad = Runtime(tiny_onnx), 500
     prompts = [[start, 7, 8, 9] for start in (400, bad, 600, 700)]
     parameters = Parameters(max_tokens=60)

@@ -1,5 +1,6 @@
 """What of `score` needs no Spark: requests, places, parts, and the answers of a worker."""
 
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from slm.config import Format, Score
-from slm.errors import InputError
+from slm.errors import InputError, UnreachableError
 from slm.scoring.rows import BUCKETS, first_bucket, parts_of, rows_of_parts
-from slm.scoring.spark import java_version, spark_session
+from slm.scoring.spark import require_java, require_master, spark_session
 from slm.scoring.tables import Manifest, place_of
 from slm.scoring.worker import Answer, Work, answer_batches, conversation
 from tests.conftest import composed
@@ -165,15 +166,40 @@ def test_a_bad_conversation_fails_alone(chat_folder: Path) -> None:
     assert "role is 'king'" in king["error"]
 
 
-def test_without_spark_or_java_the_error_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        (None, "Spark needs Java 17 or newer, and JAVA_HOME="),
+        ('openjdk version "11.0.2" 2019-01-15', 'java says: openjdk version "11.0.2"'),
+        ('java version "1.8.0_292"', "Spark needs Java 17 or newer"),
+    ],
+)
+def test_without_the_java_that_spark_needs_the_error_says_what_to_install(
+    says: str | None, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    with pytest.raises(InputError, match="Spark needs Java 17 or newer, and JAVA_HOME="):
-        java_version()
+    if says:
+        java = tmp_path / "bin" / "java"
+        java.parent.mkdir()
+        java.write_text(f"#!/bin/sh\necho '{says}' >&2\n")
+        java.chmod(0o755)
+    with pytest.raises(InputError, match=words):
+        require_java()
+
+
+def test_without_spark_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyspark.errors", None)
     with (
         pytest.raises(InputError, match="pip install -r requirements-spark.txt"),
         spark_session(Score()),
     ):
         pass
+
+
+def test_a_cluster_that_is_away_is_said_at_once() -> None:
+    with socket.socket() as master, pytest.raises(UnreachableError, match="Start it, or correct"):
+        master.bind(("127.0.0.1", 0))  # and does not listen
+        require_master(f"spark://127.0.0.1:{master.getsockname()[1]}")
+    with socket.create_server(("127.0.0.1", 0)) as master:
+        require_master(f"spark://no.such.host.invalid:7,127.0.0.1:{master.getsockname()[1]}")
+    require_master("yarn")

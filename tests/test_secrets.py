@@ -57,11 +57,11 @@ for command in json.loads(sys.argv[1]):
 """
 BREAK = """
 import steps.fetch
-def resolve(model):
+def sources_of(model):
     raise RuntimeError(f"unexpected: {os.environ!r}, https://a:b@c/d, Authorization: Bearer abc")
-whole, steps.fetch.resolve = steps.fetch.resolve, resolve
+whole, steps.fetch.sources_of = steps.fetch.sources_of, sources_of
 """
-MEND = "steps.fetch.resolve = whole"
+MEND = "steps.fetch.sources_of = whole"
 
 
 def test_no_secret_is_found_in_anything_that_commands_leave(
@@ -99,7 +99,7 @@ def test_no_secret_is_found_in_anything_that_commands_leave(
     ends = [line for line in process.stdout.splitlines() if " ended with " in line]
     done = [line.endswith(" 0") for line in ends]
     assert done == [*[False] * 4, True, True, False], said
-    assert "model.source=https://127.0.0.1:9/model?X-Amz-Signature=*** is not a source" in said
+    assert "https://127.0.0.1:9/model?X-Amz-Signature=*** cannot be read: " in said
     left = {"said": said.encode()}
     left |= {str(path): path.read_bytes() for path in project.folder.rglob("*") if path.is_file()}
     assert [name for name in left if name.endswith(("model.sig", "traceback.txt"))]

@@ -17,18 +17,25 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from slm.config import Config
+from slm.digests import Provenance
 from slm.errors import (
+    NO_CREDENTIALS,
     InputError,
+    KilledError,
     StepError,
     ToldError,
     UnreachableError,
     VerdictError,
     as_user_error,
 )
-from slm.records import RegisteredVersion, Registration
+from slm.evaluation import measure
+from slm.exporters import process, worker
+from slm.proof import prove
+from slm.records import LoggedModel, RegisteredVersion, Registration
 from slm.running import summary
 from slm.running.command import entry_point
 from slm.running.summary import Summary, note_step, post
+from tests.conftest import composed
 
 VERSION = RegisteredVersion("tiny-chat", "2", "champion")
 
@@ -73,6 +80,10 @@ def ended(
         (UnreachableError("the model hub cannot be reached"), 4),
         (OSError(errno.ENOSPC, "No space left on device"), 4),
         (PermissionError("/sys/nowhere"), 4),
+        (MemoryError("std::bad_alloc"), 4),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 4),
+        (KilledError("the exporter"), 4),
+        (MlflowException(f"{NO_CREDENTIALS} with MLflow tracking URI 'databricks'"), 2),
         (MlflowException("API request to http://host failed"), 4),
         (MlflowException("no such run", RESOURCE_DOES_NOT_EXIST), 1),
     ],
@@ -81,6 +92,26 @@ def ended(
 def test_an_error_of_the_users_has_an_exit_code(error: BaseException, code: int) -> None:
     known = as_user_error(error)
     assert known is not None and known.exit_code == code
+
+
+def test_a_worker_that_is_killed_is_infrastructure_and_names_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    model = LoggedModel("models:/m-1", "n", "m", "chat", "0" * 64, Provenance({}))
+    config, scratch = composed(), str(tmp_path / "scratch")
+    asked = measure.request_of(measure.Inputs([], model, None, [], [], ""), config.evaluate)
+    export = worker.Request("", str(tmp_path), scratch, config.target, [], "", 0)
+    for work in (
+        lambda: process.run_worker(export),
+        lambda: measure.run_worker(model, asked, tmp_path),
+        lambda: prove([model.uri], python=str(python)),
+    ):
+        with pytest.raises(KilledError, match="lack of memory"):
+            work()
 
 
 @pytest.mark.parametrize(
@@ -108,6 +139,7 @@ def test_a_command_that_fails_exits_so_and_leaves_a_summary(
         ["model=phi-9", "summary={}"],
         ["--overrides", '["model=phi-9", "summary={}"]'],
         ["--model", "phi-9", "--json", "{}"],
+        ["--model=phi-9", "--json={}"],
         ["--colour", "red", "--overrides", "model.name=a summary='{}'"],
     ],
 )
@@ -144,6 +176,18 @@ def test_a_summary_is_json_whatever_is_hidden_in_it(monkeypatch: pytest.MonkeyPa
 
 def test_a_step_that_is_none_cannot_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended(registering, monkeypatch, "force=fetch,exports") == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["force=fetch,evaluate"], ["--force=fetch,evaluate"], ["--overrides", "force=fetch,evaluate"]],
+)
+def test_steps_to_force_are_listed_with_commas(
+    given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[list[str]] = []
+    assert ended(lambda config: found.append(config.force), monkeypatch, *given) == 0
+    assert found == [["fetch", "evaluate"]]
 
 
 def test_the_summary_says_what_was_registered(
@@ -232,6 +276,15 @@ def test_a_webhook_that_fails_is_a_warning_without_its_secret(
     monkeypatch.setattr(summary.log, "warning", lambda text, *args: said.append(text % args))
     post(Summary("main"), urls[wrong], "")
     assert len(said) == 1 and "the webhook at" in said[0] and "secret" not in said[0]
+
+
+def test_a_form_that_the_webhook_does_not_have_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "summary.json"
+    monkeypatch.setenv(summary.FORMAT, "teams")
+    assert ended(registering, monkeypatch, f"summary={file}") == 2
+    assert "it must be json or slack, or not set" in json.loads(file.read_text())["error"]
 
 
 def test_a_command_posts_once_whatever_it_starts(

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from slm.digests import digest_files
-from slm.errors import words_for
+from slm.errors import UnreachableError, words_for
 from slm.running.run import run_step
-from slm.running.tracking import absolute_uri
+from slm.running.tracking import absolute_uri, mlflow_run, settle_tracking
 from slm.running.work import NotKept, code_digests, keep
 from tests.conftest import Project, composed, tracking
 
@@ -228,6 +228,54 @@ def test_an_unreachable_tracking_server_is_one_line_with_the_cure(project: Proje
     [line] = process.stderr.strip().splitlines()
     assert line.startswith("fetch: the tracking server http://127.0.0.1:9 cannot be reached")
     assert line.endswith("Start it, or set MLFLOW_TRACKING_URI.")
+
+
+@pytest.mark.parametrize(
+    ("tracking", "registry", "words"),
+    [
+        ("databricks", "", "the Databricks workspace http://127.0.0.1:9 cannot be reached"),
+        ("databricks://mine", "", "the Databricks workspace http://127.0.0.1:10 cannot be reached"),
+        ("sqlite:////x", "http://u:secret@127.0.0.1:9", "the registry http://127.0.0.1:9 cannot"),
+    ],
+)
+def test_a_workspace_and_a_registry_that_are_away_are_said_at_once(
+    tracking: str, registry: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "databrickscfg"
+    file.write_text("[mine]\nhost = http://127.0.0.1:10\ntoken = of-the-tests\n")
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(file))
+    if tracking == "databricks":
+        monkeypatch.setenv("DATABRICKS_HOST", "http://127.0.0.1:9")
+    monkeypatch.setattr("slm.running.tracking.PATIENCE_S", 1)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(tracking)
+    if registry:
+        monkeypatch.setenv("MLFLOW_REGISTRY_URI", registry)
+    try:
+        with pytest.raises(UnreachableError, match=words):
+            settle_tracking()
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def test_an_experiment_that_another_run_just_made_is_taken(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both saw that it was missing."""
+    find, asked = mlflow.MlflowClient.get_experiment_by_name, []
+
+    def missed(client: mlflow.MlflowClient, name: str) -> object:
+        asked.append(name)
+        return find(client, name) if len(asked) > 1 else None
+
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(project.tracking_uri)
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", missed)
+    with mlflow_run("fetch", project.folder / "work") as run:
+        assert run.info.experiment_id == "1" and len(asked) > 1
+    mlflow.set_tracking_uri(before)
 
 
 def test_a_work_folder_that_cannot_be_written_is_one_line_with_the_cure(project: Project) -> None:

@@ -11,17 +11,20 @@ import sys
 from datetime import timedelta
 
 from databricks.sdk import WorkspaceClient
+from databricks.sdk.config import Config
 from databricks.sdk.errors import NotFound, OperationFailed
 from databricks.sdk.service.serving import EndpointCoreConfigInput, ServedEntityInput
 
 # Of a replica, by its workload type; its host may have more cores than it is given.
 THREADS, FEW_THREADS = {"CPU_MEDIUM": 8, "CPU_LARGE": 16}, 4
+PATIENCE_S = 60  # with a workspace that does not answer
 WAIT = timedelta(hours=1)  # an image is built for each version
 
 
 def serve(endpoint: str, model: str, workload_type: str = "CPU") -> None:
     """Make the endpoint, or move it to the champion's version, and wait until it serves that."""
-    client, (*schema, name) = WorkspaceClient(), model.split(".", 2)
+    patient = Config(retry_timeout_seconds=PATIENCE_S, http_timeout_seconds=PATIENCE_S)
+    client, (*schema, name) = WorkspaceClient(config=patient), model.split(".", 2)
     model = ".".join([*schema, name.replace(".", "_")]).lower()  # as slm/registry/names.py names it
     version = str(client.model_versions.get_by_alias(model, "champion").version)
     entity = {

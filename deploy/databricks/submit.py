@@ -27,8 +27,17 @@ LIMIT_MB = 5  # what is sent goes through DBFS's old upload, all of it in memory
 
 def submit(entry_point: str, parameters: list[str], experiment: str, cluster: Path) -> int:
     """Run the entry point on a new cluster; return its exit code, and print the error if any."""
+    sys.path.append(str(ROOT))
+    from slm.errors import UserError, one_line
+    from slm.running.tracking import settle_tracking
+
     if mlflow.get_tracking_uri().partition(":")[0] != "databricks":
         mlflow.set_tracking_uri("databricks")
+    try:
+        settle_tracking()  # is the workspace there? MLflow would ask for minutes
+    except UserError as error:
+        print(f"submit: {one_line(error)}", file=sys.stderr)
+        return error.exit_code
     with tempfile.TemporaryDirectory() as folder:
         stage(Path(folder), entry_point, parameters)
         run = mlflow.projects.run(

@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from slm.config import ROOT, Evaluate
 from slm.digests import digest_of
-from slm.errors import StepError, UserError, one_line
+from slm.errors import KilledError, UserError, error_of, one_line
 from slm.evaluation.worker import Found, Prompt, Request
 from slm.records import LoggedModel, from_json
 from slm.running.tracking import store_variables
@@ -208,7 +208,8 @@ def run_worker(
 ) -> Measurement:
     """Measure a logged model in a process of its own, which leaves its files in `out`.
 
-    An ONNX model whose process crashes does not load. StepError if measuring itself fails.
+    An ONNX model whose process crashes does not load. KilledError if the process was killed,
+    another UserError if measuring itself fails.
     """
     told = out / "request.json"
     told.write_text(json.dumps(asdict(request)))
@@ -223,10 +224,12 @@ def run_worker(
     elif model.is_onnx and -process.returncode in CRASHES:
         died = signal.Signals(-process.returncode).name
         found = Found({"loads": 0.0}, failures={"loads": f"its process died of {died}"})
+    elif process.returncode == -signal.SIGKILL:
+        raise KilledError(f"what measures {model.uri}")
     else:
         error = out / "error"
         reason = error.read_text() if error.is_file() else f"exit code {process.returncode}"
-        raise StepError(f"measuring {model.uri} failed: {reason}")
+        raise error_of(f"measuring {model.uri} failed: {reason}", process.returncode)
     found.metrics["size_mb"] = model.size_mb
     return Measurement(str(out), found)
 

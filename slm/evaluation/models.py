@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from slm.evaluation.positions import turning_point
+from slm.sources.verify import context_length_of
 
 Messages = list[dict[str, str]]
 
@@ -58,7 +59,7 @@ class Transformers:
         ids = self.pipeline.model.generation_config.eos_token_id
         self.end_tokens = ids if isinstance(ids, list) else [self.end_token if ids is None else ids]
         config = self.pipeline.model.config
-        self.context_length: int = config.max_position_embeddings
+        self.context_length = context_length_of(config)
         self.turning_point = turning_point(config)
 
     def ask(self, conversations: list[Messages], max_tokens: int) -> list[Answer]:

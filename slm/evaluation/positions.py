@@ -5,6 +5,8 @@ A text must be longer than that to show a fault of it.
 
 from typing import Any
 
+from slm.sources.verify import context_length_of
+
 LIMIT = 8192  # tokens; what begins later is not scored
 SWITCHING = ("longrope", "dynamic")  # types of rope whose frequencies change with the length
 
@@ -14,10 +16,10 @@ def turning_point(config: Any) -> int | None:
 
     `config` is transformers' configuration of the model.
     """
-    context = config.max_position_embeddings
+    context = context_length_of(config)
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # one a layer type
-    points = [getattr(config, "sliding_window", None)]
+    points = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
     points += [
         one.get("original_max_position_embeddings")
         or getattr(config, "original_max_position_embeddings", None)

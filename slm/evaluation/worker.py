@@ -19,7 +19,7 @@ from typing import Any
 import mlflow
 from tqdm import tqdm
 
-from slm.errors import InputError, one_line, words_for
+from slm.errors import InputError, StepError, as_user_error, one_line
 from slm.evaluation import fidelity, harness, sanity
 from slm.evaluation.models import Answer, Genai, Messages, Model, Transformers
 from slm.evaluation.speed import measure_speed
@@ -224,12 +224,12 @@ def main() -> None:
         else:
             found = measure_checkpoint(folder, request, arguments.out)
     except Exception as error:
-        words = words_for(error)
-        if words is None:
+        known = as_user_error(error)
+        if known is None:
             log.exception("measure: failed")
-            words = f"{type(error).__name__}: {one_line(error)}"
-        (arguments.out / "error").write_text(words)
-        parser.exit(1)
+            known = StepError(f"{type(error).__name__}: {one_line(error)}")
+        (arguments.out / "error").write_text(one_line(known))
+        parser.exit(known.exit_code)
     found.metrics = {name: value for name, value in found.metrics.items() if math.isfinite(value)}
     (arguments.out / "found.json").write_text(json.dumps(asdict(found), indent=2))
 

@@ -42,6 +42,7 @@ def make(
         for mend in (window_of_every_layer, rope_of_newer_configurations):
             mend(config)
         stack.enter_context(rope_of_any_model())
+        stack.enter_context(layers_without_rope())
         if save is not None:
             stack.enter_context(patched(Model, "make_packed_matmul_float_class", joining_late))
             stack.enter_context(patched(Model, "save_model", saving_by(save)))
@@ -60,8 +61,14 @@ def builder_arguments(target: Target) -> list[str]:
 
 
 def extra_options(target: Target) -> list[str]:
-    """The builder's `--extra_options`. The runtime keeps whole caches, of windowed layers too."""
+    """The builder's `--extra_options`. The runtime keeps whole caches, of windowed layers too.
+
+    A target that names no accuracy level has none, whoever quantizes it: left to itself, the
+    builder (0.18) takes 4 for a CPU and WebGPU.
+    """
     options = {"windowed_kv_cache": False, **target.builder_options}
+    if target.precision.bits:
+        options.setdefault("accuracy_level", 0)
     return [f"{key}={str(value).lower()}" for key, value in options.items()]
 
 
@@ -73,7 +80,7 @@ def window_of_every_layer(config: Any) -> None:
 
 def rope_of_newer_configurations(config: Any) -> None:
     """Set what the builder reads under names that transformers 5 no longer writes."""
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None)  # GPT-2 and its like have none
     if (
         isinstance(rope, dict) and "sliding_attention" in rope
     ):  # Gemma 3: one for each kind of layer
@@ -108,6 +115,29 @@ def rope_of_any_model() -> Any:
         patched(LlamaModel, "make_rope_init", make_rope_init),
         patched(Model, "make_rope_init", make_rope_init),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def layers_without_rope() -> Any:
+    """SmolLM3: leave out the rotary embedding of the layers that have none.
+
+    The builder takes it out of their attention, and then writes one beside it.
+    """
+    from builders.llama import LlamaModel
+    from builders.smollm import SmolLM3Model
+
+    def make_attention(self: Any, layer_id: int, *args: Any, **kwargs: Any) -> None:
+        own, before = self.attention_attrs, dict(self.attention_attrs)
+        window, has_rope = self.window_size, bool(self.no_rope_layers[layer_id])
+        own |= {"rope": has_rope, "use_rope_in_attn": has_rope and own["use_rope_in_attn"]}
+        if self.layer_types[layer_id] == "full_attention":
+            self.window_size = -1
+        LlamaModel.make_attention(self, layer_id, *args, **kwargs)
+        own |= {name: before[name] for name in ("rope", "use_rope_in_attn")}
+        self.window_size = window
+
+    with patched(SmolLM3Model, "make_attention", make_attention):
         yield
 
 

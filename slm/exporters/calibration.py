@@ -9,7 +9,6 @@ inputs. Each layer's result is a file of the folder, and a layer that has one is
 import contextlib
 import functools
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import nn
 
 from slm.exporters.decoder import Call, Decoder, Reached, output_of
 from slm.exporters.gptq import SWEEPS, Inputs, pack, round_weight, search_scales, unpack
+from slm.running.whole import in_one_motion
 
 # Of the moments' mean diagonal: how little a text may correct.
 CORRECTION_DAMPING = 0.05
@@ -110,19 +110,19 @@ def calibrate(
     started = time.monotonic()
     for i, (layer, call) in enumerate(calls):
         left = f", {(time.monotonic() - started) / i * (len(layers) - i):.0f} s left" if i else ""
-        said(f"calibrating layer {i} of {len(layers)}{left}")
         file = Saved(folder / f"{i}.safetensors", rounding.block_size)
+        doing = "passing through calibrated" if file.arrays else "calibrating"
+        said(f"{doing} layer {i} of {len(layers)}{left}")
         with decoder.filled(layer):
-            traces = [traced(layer, call, hidden) for hidden in whole]
-            whole = [trace.output for trace in traces]
-            if not file.arrays:
-                quantize_layer(layer, call, traces, rounded, names, rounding, file)
+            if file.arrays:
+                whole = [output_of(call(layer, hidden)) for hidden in whole]
+            else:
+                whole = quantize_layer(layer, call, whole, rounded, names, rounding, file)
                 file.write()
             for name in file.names():
                 linear: Any = layer.get_submodule(name.removeprefix(f"{names[layer]}."))
                 linear.weight = file[name].weight(linear.in_features)
             rounded = [output_of(call(layer, hidden)) for hidden in rounded]
-        del traces  # before the next layer's are made
     if not saved.arrays:
         decoder.fill_head()
         whole, rounded = [norm(x) for x in whole], [norm(x) for x in rounded]
@@ -183,31 +183,51 @@ def traced(
 def quantize_layer(
     layer: nn.Module,
     call: Call,
-    traces: list[Trace],
+    whole: list[torch.Tensor],
     rounded: list[torch.Tensor],
     names: dict[nn.Module, str],
     rounding: Rounding,
     file: "Saved",
-) -> None:
-    """Round a layer's linears in the order in which they run, on inputs from those before."""
-    inputs = traces[0].inputs
-    writers = residual_writers(layer, call, traces[0])
-    for _, group in itertools.groupby(inputs, lambda linear: id(inputs[linear])):
-        linears = list(group)
+) -> list[torch.Tensor]:
+    """Round a layer's linears in the order in which they run, on inputs from those before.
+
+    Returns what the checkpoint's own layer makes of `whole`.
+    """
+    first = traced(layer, call, whole[0])
+    writers = residual_writers(layer, call, first)
+    groups = groups_of(first.inputs)
+    outputs, wanted = [], []  # for each window; what is wanted goes as its group is rounded
+    for hidden in whole:
+        trace = traced(layer, call, hidden)
+        outputs.append(trace.output)
+        wanted.append(
+            [
+                (trace.inputs[lead], trace.residual(lead, writers) if lead in writers else None)
+                for lead, *_ in groups
+            ]
+        )
+    del first, trace
+    for linears in groups:
         lead = linears[0]
         moments = drift = change = torch.zeros(())
-        for trace, hidden in zip(traces, rounded, strict=True):
+        for hidden, left in zip(rounded, wanted, strict=True):
             own = traced(layer, call, hidden, None if lead in writers[1:] else lead)
-            x = own.inputs[lead]
+            x, (own_x, residual) = own.inputs[lead], left.pop(0)
             moments = moments + product(x, x)
-            change = change + product(trace.inputs[lead] - x, x)
-            if lead in writers:
-                apart = trace.residual(lead, writers) - own.residual(lead, writers)
-                drift = drift + product(apart, x)
+            change = change + product(own_x - x, x)
+            if residual is not None:
+                drift = drift + product(residual - own.residual(lead, writers), x)
+        del own, x, own_x, residual
         for linear in linears:
-            name, outputs = names[linear], linear.weight @ change + drift
-            file.add(name, rounding.round(name, linear.weight, moments, outputs))
+            name, apart = names[linear], linear.weight @ change + drift
+            file.add(name, rounding.round(name, linear.weight, moments, apart))
             linear.weight = file[name].weight(linear.in_features)
+    return outputs
+
+
+def groups_of(inputs: dict[nn.Linear, torch.Tensor]) -> list[list[nn.Linear]]:
+    """The linears that read one tensor, together."""
+    return [list(group) for _, group in itertools.groupby(inputs, lambda own: id(inputs[own]))]
 
 
 def residual_writers(layer: nn.Module, call: Call, trace: Trace) -> list[nn.Linear]:
@@ -256,6 +276,5 @@ class Saved:
         self.arrays |= {name + PACKED: rounded.packed, name + SCALES: rounded.scales}
 
     def write(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        save_file(self.arrays, partial)
-        os.replace(partial, self.path)
+        with in_one_motion(self.path) as partial:
+            save_file(self.arrays, partial)

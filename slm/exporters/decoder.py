@@ -66,32 +66,47 @@ class Tensors:
         module.load_state_dict(own, strict=False, assign=True)
 
 
+def empty_model(checkpoint: Path) -> Any:
+    """transformers' model on the meta device. Raises StepError if it is no decoder of layers."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    inner = model.get_decoder()
+    if not hasattr(inner, "layers") or not hasattr(inner, "norm"):
+        raise StepError(
+            f"calibration needs a decoder of layers and a final norm, and {type(inner).__name__} "
+            "has other names for them. Export with target.quantizer=rtn."
+        )
+    return model
+
+
+def linears_of_model(model: Any) -> dict[str, nn.Linear]:
+    """The layers' linears and the head, by name."""
+    head, layers = model.get_output_embeddings(), model.get_decoder().layers
+    wanted = {head, *layers.modules()}
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m in wanted}
+
+
 class Decoder:
     """A checkpoint's layers, embedding, final norm and head, and the windows of a text.
 
-    `calls` run its layers as the model does, `name_of` has the names of its modules.
+    `calls` run its layers as the model does, `name_of` has the names of its modules, and `linears`
+    are those that are rounded.
     """
 
     @torch.no_grad()
     def __init__(self, checkpoint: Path, tokens: list[int], window: int) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(checkpoint)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = empty_model(checkpoint)
         self.name_of = {module: name for name, module in model.named_modules()}
+        self.linears = linears_of_model(model)
         self.tensors = Tensors(checkpoint)
         self.inner = model.get_decoder()
-        if not hasattr(self.inner, "layers") or not hasattr(self.inner, "norm"):
-            raise StepError(
-                f"calibration needs a decoder of layers and a final norm, and "
-                f"{type(self.inner).__name__} has other names for them. Export with "
-                "target.quantizer=rtn."
-            )
         self.layers: nn.ModuleList = self.inner.layers
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
-        self.tied = bool(config.tie_word_embeddings)
+        self.tied = bool(model.config.tie_word_embeddings)
         self.tensors.fill(self.inner, self.name_of[self.inner], apart_from="layers.")
         whole = len(tokens) // window * window
         self.windows = torch.tensor(tokens)[:whole].view(-1, 1, window)

@@ -5,14 +5,11 @@ coordinate descent over scales and integers (QuantEase, https://arxiv.org/abs/23
 minimise is the weighted error: the squared difference of the products, summed over the inputs.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 from scipy.linalg import cholesky
 from scipy.linalg.lapack import dtrtri
 
-from slm.exporters.graph import packed_integers
-from slm_pyfunc.engine.cores import available_cores
+from slm.exporters.graph import as_stored, nonzero, on_all_cores, packed_integers
 
 COLUMNS = 32  # inputs rounded between two large matrix products
 ROWS = 1024  # outputs rounded at a time by each core: their columns stay in its cache
@@ -45,8 +42,7 @@ def round_weight(
     integers = np.empty(weight.shape, np.int16)
     scales = np.empty((len(weight), -(-weight.shape[1] // block_size)), np.float16)
 
-    def round_rows(start: int) -> None:
-        rows = slice(start, start + ROWS)
+    def round_rows(rows: slice) -> None:
         wanted = np.ascontiguousarray(weight[rows].T, np.float32)
         own = as_stored(signed_extremes(wanted, block_size) / -(2 ** (bits - 1)))
         q = feed_errors_back(wanted, inputs.upper, own, bits, block_size)
@@ -55,8 +51,7 @@ def round_weight(
             sweep(wanted, inputs.hessian, q, own, difference, bits, block_size)
         integers[rows], scales[rows] = q.T, own.T
 
-    with ThreadPoolExecutor(available_cores()) as pool:
-        list(pool.map(round_rows, range(0, len(weight), ROWS)))
+    on_all_cores(round_rows, len(weight), ROWS)
     return integers, scales
 
 
@@ -144,15 +139,6 @@ def sweep(
             np.multiply(better - q[i], scale, out=changes[i])
             q[i] = better
         difference[block] = q * scale - wanted[block]
-
-
-def as_stored(scales: np.ndarray) -> np.ndarray:
-    """Scales as the file keeps them, in float16."""
-    return scales.astype(np.float16).astype(np.float32)
-
-
-def nonzero(scales: np.ndarray) -> np.ndarray:
-    return np.where(scales == 0, 1, scales)
 
 
 def nearest(multiples: np.ndarray, bits: int) -> np.ndarray:

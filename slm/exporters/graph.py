@@ -68,16 +68,13 @@ class Rtn:
         blocks = -(-inputs // self.block_size)
         packed = np.empty((outputs, blocks, self.block_size * self.bits // 8), np.uint8)
         scales = np.empty((outputs, blocks), weight.dtype)
-        rows = max(1, ROUNDED_AT_ONCE // inputs)
 
-        def round_rows(first: int) -> None:
-            some = slice(first, first + rows)
+        def round_rows(some: slice) -> None:
             integers, scales[some] = self.round_blocks(self.blocks_of(weight[some]))
             integers.reshape(len(integers), -1)[:, inputs:] = 0  # as the kernel leaves them
             packed[some] = packed_integers(integers, self.bits)
 
-        with ThreadPoolExecutor(available_cores()) as pool:
-            list(pool.map(round_rows, range(0, outputs, rows)))
+        on_all_cores(round_rows, outputs, max(1, ROUNDED_AT_ONCE // inputs))
         return [(packed, scales)]
 
     def blocks_of(self, rows: np.ndarray) -> np.ndarray:
@@ -86,16 +83,35 @@ class Rtn:
         padded = np.pad(rows.astype(np.float32), ((0, 0), (0, missing)))
         return padded.reshape(len(rows), -1, self.block_size)
 
+    def scales_of(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """The scales of blocks by their lowest and highest values."""
+        return np.where(np.abs(high) > np.abs(low), high, low) / -np.float32(2 ** (self.bits - 1))
+
     def round_blocks(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The integers, uint8 [rows, blocks, block_size], and scales [rows, blocks] of blocks."""
         zero_point = np.float32(2 ** (self.bits - 1))
-        low, high = blocks.min(-1), blocks.max(-1)
-        scales = np.where(np.abs(high) > np.abs(low), high, low) / -zero_point
+        scales = self.scales_of(blocks.min(-1), blocks.max(-1))
         steps = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
         exact = blocks * steps[..., None] + zero_point
         rounded = np.floor(exact)
         rounded += (exact - rounded) >= 0.5  # halves away from zero, as C's roundf
         return np.clip(rounded, 0, 2 * zero_point - 1).astype(np.uint8), scales
+
+
+def on_all_cores(work: Callable[[slice], None], rows: int, at_once: int) -> None:
+    """Work on some rows at a time, each core on its own."""
+    with ThreadPoolExecutor(available_cores()) as pool:
+        list(pool.map(work, (slice(i, i + at_once) for i in range(0, rows, at_once))))
+
+
+def as_stored(scales: np.ndarray) -> np.ndarray:
+    """Scales as a file keeps them in float16."""
+    return scales.astype(np.float16).astype(np.float32)
+
+
+def nonzero(scales: np.ndarray) -> np.ndarray:
+    """Scales to divide by."""
+    return np.where(scales == 0, 1, scales)
 
 
 def packed_integers(integers: np.ndarray, bits: int) -> np.ndarray:
@@ -118,13 +134,15 @@ def write(
     path: Path,
     quantizer: Quantizer | None,
     said: Callable[[int, int, str], None],
+    put: Callable[[ir.Model, "Product", Quantizer, BinaryIO], None] | None = None,
 ) -> None:
     """Write a model, its weights beside it in `path`.data, quantized if there is a `quantizer`.
 
-    `said` is told of each tensor: how many are written, of how many, and its name. Raises StepError
-    where a weight is not finite, OSError that names the tensor where it cannot be written.
+    `put` puts quantized weights in the place of floats, `quantize_product` if None. `said` is told
+    of each tensor: how many are written, of how many, and its name. Raises StepError where a weight
+    is not finite, OSError that names the tensor where it cannot be written.
     """
-    graph = model.graph
+    graph, put = model.graph, put or quantize_product
     products = list(weights_of_products(graph)) if quantizer else []
     weights = {product.name for product in products}
     total = len(weights | graph.initializers.keys())
@@ -133,10 +151,10 @@ def write(
         if quantizer:
             for written, product in enumerate(products, 1):
                 with naming(product.name, data_path):
-                    quantize_product(model, product, quantizer, data)
+                    put(model, product, quantizer, data)
                 said(written, total, product.name)
             remove_unused(graph)
-        values = [value for value in graph.initializers.values() if not is_written(value)]
+        values = [value for value in graph.initializers.values() if not is_in(data_path, value)]
         for left, value in zip(reversed(range(len(values))), values, strict=True):
             with naming(str(value.name), data_path):
                 value.const_value = stored(value.const_value, data)
@@ -198,11 +216,10 @@ def quantize_product(
     array = product.read()
     graph, block_size, inputs = model.graph, quantizer.block_size, array.shape[1]
     lookups = [use.node for use in weight.uses() if use.node.op_type == "Gather"]
-    lookups = lookups if product.transposed and inputs % block_size == 0 else []
+    lookups = lookups if product.transposed else []
     looked_up = bool(lookups) or named(graph, f"{product.name}_Q4") is not None
     parts = quantizer.quantize(product.name, array, looked_up)
-    if not all(np.isfinite(scales).all() for _, scales in parts):
-        raise StepError(f"{product.name} holds NaN or infinity: the checkpoint is damaged.")
+    require_finite(product.name, *(scales for _, scales in parts))
     own = {"block_size": block_size}
     if quantizer.accuracy_level:
         own["accuracy_level"] = quantizer.accuracy_level
@@ -229,17 +246,37 @@ def quantize_product(
         graph.insert_before(node, nodes)
         replace(graph, node, "Concat", [each.outputs[0] for each in nodes], {"axis": -1})
     for lookup in lookups:
-        row = np.array([len(packed), inputs * bits // 8])
+        width = -(-inputs // block_size) * block_size
+        row = np.array([len(packed), width * bits // 8])
         shape = add_constant(graph, f"{product.name}_rows", row, data)
         rows = ir.node("Reshape", [constants[0], shape])
-        graph.insert_before(lookup, rows)
         attributes = {"bits": bits, "block_size": block_size}
         attributes |= {"gather_axis": 0, "quantize_axis": 1}
         read = [rows.outputs[0], lookup.inputs[1], constants[1]]
-        replace(graph, lookup, "GatherBlockQuantized", read, attributes, MICROSOFT)
+        graph.insert_before(lookup, rows)
+        if width == inputs:
+            replace(graph, lookup, "GatherBlockQuantized", read, attributes, MICROSOFT)
+            continue
+        whole = ir.node("GatherBlockQuantized", read, attributes, domain=MICROSOFT)
+        graph.insert_before(lookup, whole)
+        ends = [
+            add_constant(graph, f"{product.name}_{name}", np.array([value]), data)
+            for name, value in (("first", 0), ("inputs", inputs), ("last_axis", -1))
+        ]
+        replace(graph, lookup, "Slice", [whole.outputs[0], *ends], {})
     model.opset_imports.setdefault(MICROSOFT, 1)
+    drop_unread(graph, weight)
+
+
+def require_finite(name: str, *scales: np.ndarray) -> None:
+    if not all(np.isfinite(each).all() for each in scales):
+        raise StepError(f"{name} holds NaN or infinity: the checkpoint is damaged.")
+
+
+def drop_unread(graph: ir.Graph, weight: ir.Value) -> None:
+    """Drop a weight that no node reads any more."""
     if not weight.uses():
-        del graph.initializers[product.name]
+        del graph.initializers[str(weight.name)]
         weight.const_value = None
 
 
@@ -332,13 +369,15 @@ def stored(tensor: ir.TensorProtocol | None, data: BinaryIO) -> ir.TensorProtoco
     Small ones stay in the graph: onnxruntime has to read shapes and axes before it opens the file.
     """
     assert tensor is not None
-    if tensor.nbytes < SMALL:
-        return tensor
+    if tensor.nbytes < SMALL:  # may be in a file that the graph does not keep
+        return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
     alignment = LARGE_ALIGNMENT if tensor.nbytes > LARGE else ALIGNMENT
     data.seek(-(-data.tell() // alignment) * alignment)
     offset = data.tell()
-    array = np.ascontiguousarray(tensor.numpy())
-    left = array.reshape(-1).view(np.uint8).data
+    if tensor.dtype.bitwidth < 8:  # numpy has a byte for each
+        left = memoryview(tensor.tobytes())
+    else:
+        left = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
     while left:
         left = left[data.write(left) :]
     path = Path(data.name)
@@ -353,8 +392,10 @@ def stored(tensor: ir.TensorProtocol | None, data: BinaryIO) -> ir.TensorProtoco
     )
 
 
-def is_written(value: ir.Value) -> bool:
-    return isinstance(value.const_value, ir.ExternalTensor)
+def is_in(data_path: Path, value: ir.Value) -> bool:
+    """Whether a tensor is written already, and not in a file that it is read from."""
+    tensor = value.const_value
+    return isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) == data_path
 
 
 def remove_unused(graph: ir.Graph) -> None:

@@ -6,7 +6,6 @@ over, and nothing is rounded a second time.
 """
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,10 +14,12 @@ from slm.exporters.graph import (
     ROUNDED_AT_ONCE,
     Packed,
     Rtn,
+    as_stored,
     columns_of_means,
+    nonzero,
+    on_all_cores,
     packed_integers,
 )
-from slm_pyfunc.engine.cores import available_cores
 
 LEVELS = 255  # the most steps between a block's lowest and highest value
 EXACT = 2.0**-21  # of a block's largest value: what dequantizing in float32 rounds off
@@ -80,15 +81,12 @@ class Grid:
         levels = np.empty((outputs, inputs // self.block_size, self.block_size), np.uint8)
         steps = np.empty(levels.shape[:2], np.float32)
         lows = np.empty_like(steps)
-        rows = max(1, ROUNDED_AT_ONCE // inputs)
 
-        def find_in_rows(first: int) -> None:
-            some = slice(first, first + rows)
+        def find_in_rows(some: slice) -> None:
             blocks = weight[some].astype(np.float32).reshape(-1, *levels.shape[1:])
             levels[some], steps[some], lows[some] = grid_of(blocks)
 
-        with ThreadPoolExecutor(available_cores()) as pool:
-            list(pool.map(find_in_rows, range(0, outputs, rows)))
+        on_all_cores(find_in_rows, outputs, max(1, ROUNDED_AT_ONCE // inputs))
         return levels, steps, lows
 
     def pack(self, bits: int, levels: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> Packed:
@@ -97,7 +95,7 @@ class Grid:
         highest = levels.max(-1).astype(np.int16)
         lowest = np.rint(lows / np.where(steps > 0, steps, 1))
         lowest = np.clip(lowest, -half, half - highest).astype(np.int16)
-        stored = steps.astype(np.float16).astype(np.float32)
+        stored = as_stored(steps)
         if (np.abs(stored - steps) <= STORED * steps).all():
             steps = stored
         rest = lows - steps * lowest
@@ -124,8 +122,8 @@ class Grid:
             own = columns[start : start + self.block_size][: wanted.shape[1]]
             values = left[:, own]
             extremes = values[np.arange(len(values)), np.abs(values).argmax(1)]
-            scale = (extremes / -half).astype(np.float16).astype(np.float32)[:, None]
-            nearest = np.clip(np.rint(values / np.where(scale == 0, 1, scale)), -half, half - 1)
+            scale = as_stored(extremes / -half)[:, None]
+            nearest = np.clip(np.rint(values / nonzero(scale)), -half, half - 1)
             left[:, own] -= nearest * scale
             integers = np.full((len(values), self.block_size), half, np.uint8)
             integers[:, : len(own)] += nearest.astype(np.int8).view(np.uint8)

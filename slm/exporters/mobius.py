@@ -1,14 +1,15 @@
 """Graphs by mobius-onnx, of ONNX Runtime's makers: architectures and rotary embeddings that
 onnxruntime-genai's builder lacks. It quantizes nothing itself."""
 
-import json
 from pathlib import Path
 
 from slm.config import ExecutionProvider, Precision, Target
 from slm.errors import StepError
 from slm.exporters.builder import Save
+from slm.sources.verify import context_length_of
 
 HALF = "f16"
+TRT_RTX = "trt-rtx"  # mobius's word
 DTYPES = {Precision.fp32: "f32", Precision.fp16: HALF, Precision.bf16: "bf16"}
 
 
@@ -21,24 +22,25 @@ def make(
     """
     import mobius
     from mobius.integrations.ort_genai import write_ort_genai_config
+    from transformers import AutoConfig
 
     if save is None:
         raise StepError(
             "mobius makes float graphs: its int4 is by target.quantizer=rtn, not by the builder's."
         )
     own = target.execution_provider
+    provider = TRT_RTX if own is ExecutionProvider.NvTensorRtRtx else own.value
     dtype = DTYPES.get(precision, "f32" if own is ExecutionProvider.cpu else HALF)
     try:
-        package = mobius.build(str(checkpoint), dtype=dtype, execution_provider=own.value)
+        package = mobius.build(str(checkpoint), dtype=dtype, execution_provider=provider)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise StepError(f"mobius does not support it: {type(error).__name__}: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     save(package["model"], folder / "model.onnx")
-    context = json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]
     write_ort_genai_config(
         package,
         str(folder),
-        ep=own.value,
-        context_length=context,
+        ep=provider,
+        context_length=context_length_of(AutoConfig.from_pretrained(checkpoint)),
         local_config_dir=str(checkpoint),
     )

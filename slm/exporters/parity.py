@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from slm.config import ExecutionProvider, Precision, Target
+from slm.sources.verify import context_length_of
 from slm.sources.weights import weight_files
 from slm_pyfunc.engine.batch_decoder import BatchDecoder
 from slm_pyfunc.engine.cores import available_cores
-from slm_pyfunc.engine.decoder import PROMPT_PIECE, has_longrope
+from slm_pyfunc.engine.decoder import PROMPT_PIECE, runs_alone
 from slm_pyfunc.engine.generator_decoder import GeneratorDecoder
 from slm_pyfunc.engine.sampling import log_softmax
 
@@ -90,7 +91,7 @@ def write_twin(checkpoint: Path, folder: Path, text: str, most: int) -> Twin:
     whole, count = known.to_dict(), known.num_hidden_layers
     layers = layers_of_each_kind(whole, count)
     lengths = special_lengths(whole)
-    context = whole.get("max_position_embeddings") or most
+    context = context_length_of(known)
     reached = [length for length in lengths.values() if length + PAST <= most]
     wanted = min(context, most, max(LEAST, max(reached, default=0) + 4 * PAST))
     ids = AutoTokenizer.from_pretrained(checkpoint)(text, add_special_tokens=False)["input_ids"]
@@ -115,6 +116,8 @@ def write_twin(checkpoint: Path, folder: Path, text: str, most: int) -> Twin:
         elif re.fullmatch(r"(bos|eos|pad|unk)_token_id", key):
             own = [row_of[token] for token in as_list(value) if token in row_of]
             config[key] = own if isinstance(value, list) else next(iter(own), None)
+    if "attention_types" in config:  # GPT-Neo's way to say attention_layers
+        config["attention_types"] = [[[kind], 1] for kind in known.attention_layers[:layers]]
     own_names = type(known).attribute_map  # GPT-2's num_hidden_layers is n_layer
     config |= {own_names.get("num_hidden_layers", "num_hidden_layers"): layers}
     config["vocab_size"] = len(rows)
@@ -127,8 +130,8 @@ def write_twin(checkpoint: Path, folder: Path, text: str, most: int) -> Twin:
 
 def twin_precision(target: Target) -> Precision:
     """float32, but where onnxruntime-genai 0.18's builder makes no graph in it for the provider."""
-    only_half = (ExecutionProvider.cuda, ExecutionProvider.dml)
-    return Precision.fp16 if target.execution_provider in only_half else Precision.fp32
+    both = (ExecutionProvider.cpu, ExecutionProvider.webgpu)
+    return Precision.fp32 if target.execution_provider in both else Precision.fp16
 
 
 def compare(
@@ -171,7 +174,7 @@ def open_decoder(graph: Path) -> Any:
     """What serves such a folder on a CPU."""
     genai_config = json.loads((graph / "genai_config.json").read_text())
     threads = available_cores()
-    if has_longrope(genai_config):
+    if runs_alone(genai_config):
         return GeneratorDecoder(graph, genai_config, "cpu", threads, 0)
     return BatchDecoder(graph, genai_config, threads, 1, 0)
 
@@ -217,7 +220,9 @@ def special_lengths(config: dict[str, Any], prefix: str = "") -> dict[str, int]:
     for key, value in config.items():
         if isinstance(value, dict):
             found |= special_lengths(value, f"{prefix}{key}.")
-        elif type(value) is int and re.search(r"(window|chunk_size|position_embeddings)$", key):
+        elif type(value) is int and re.search(
+            r"(window(_size)?|chunk_size|position_embeddings)$", key
+        ):
             found[prefix + key] = value
     context = found.pop("max_position_embeddings", None)
     return {key: value for key, value in found.items() if context is None or value < context}

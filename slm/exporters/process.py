@@ -10,12 +10,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import mlflow
 from tqdm import tqdm
 
 from slm.config import ROOT
-from slm.errors import StepError
+from slm.errors import KilledError, error_of
 from slm.exporters.worker import MARK, Exported, Request
 from slm.records import from_json
+from slm.running.tracking import store_variables
 from slm.running.work import enum_value
 
 log = logging.getLogger("slm.export")
@@ -25,7 +27,8 @@ WORKER = "slm.exporters.worker"
 def run_worker(request: Request) -> Exported:
     """Export in a process of its own.
 
-    Raises StepError for what it can name, RuntimeError with its last lines for anything else.
+    Raises a UserError for what it can name, KilledError if it was killed, RuntimeError with its
+    last lines for anything else.
     """
     scratch = Path(request.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
@@ -35,6 +38,8 @@ def run_worker(request: Request) -> Exported:
     log.info("%s", " ".join(command))
     own = {"ORT_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     own["HF_HUB_OFFLINE"] = "1"
+    if run := mlflow.active_run():
+        own |= {**store_variables(), "MLFLOW_RUN_ID": run.info.run_id}  # what it runs are children
     # The column loops of gptq.py are of small products, which threads only slow down.
     own["OPENBLAS_NUM_THREADS"] = "1"
     process = subprocess.Popen(
@@ -54,9 +59,9 @@ def run_worker(request: Request) -> Exported:
     if (scratch / "exported.json").is_file():
         return from_json(Exported, json.loads((scratch / "exported.json").read_text()))
     if (error := scratch / "error").is_file():
-        raise StepError(error.read_text())
+        raise error_of(error.read_text(), process.returncode)
     if process.returncode == -signal.SIGKILL:
-        raise StepError("the exporter was killed, most likely for lack of memory.")
+        raise KilledError("the exporter")
     text = "\n".join(last_lines) or "it printed nothing"
     raise RuntimeError(f"the exporter failed, exit code {process.returncode}:\n{text}")
 

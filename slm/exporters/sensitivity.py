@@ -9,7 +9,6 @@ out: the layers that are rounded later make up for most of what positions have i
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -23,15 +22,20 @@ from torch import nn
 from slm.errors import InputError
 from slm.exporters.calibration import Rounding, Saved, product, sum_of, traced
 from slm.exporters.decoder import Call, Decoder, output_of
+from slm.running.whole import in_one_motion, write_whole
 
 WINDOWS = 16  # of the text, spread over it: as many as ranking the linears takes
+STATE = "back.npz"
 
 
 @torch.no_grad()
 def sensitivity(
     decoder: Decoder, rounding: Rounding, folder: Path, said: Callable[[str], None]
 ) -> dict[str, float]:
-    """Each linear's divergence, in nats a token; kept in `folder`."""
+    """Each linear's divergence, in nats a token; kept in `folder`.
+
+    A pass that broke off goes on after the last whole layer.
+    """
     path, scratch = folder / "sensitivity.json", folder / "sensitivity"
     if path.is_file():
         return dict(json.loads(path.read_text()))
@@ -40,12 +44,15 @@ def sensitivity(
     names, count, positions = decoder.name_of, len(decoder.layers), decoder.windows.numel()
     hidden = decoder.embedded()
     for i, (layer, call) in enumerate(zip(decoder.layers, decoder.calls, strict=True)):
-        said(f"what int4 harms: forward through layer {i} of {count}")
-        np.save(scratch / f"{i}.npy", torch.cat(hidden).numpy())
-        saved = Saved(scratch / f"{i}.int4", rounding.block_size)
-        with decoder.filled(layer):
-            hidden = round_once(layer, call, hidden, names, rounding, saved)
-    found: dict[str, float] = {}
+        after = scratch / f"{i}.npy"  # what the next module reads: there if this layer is whole
+        if not after.is_file():
+            said(f"what int4 harms: forward through layer {i} of {count}")
+            saved = Saved(scratch / f"{i}.int4", rounding.block_size)
+            with decoder.filled(layer):
+                hidden = round_once(layer, call, hidden, names, rounding, saved)
+            with in_one_motion(after) as unfinished, unfinished.open("wb") as file:
+                np.save(file, torch.cat(hidden).numpy())
+        hidden = read_windows(after)
 
     def go_back(
         module: nn.Module, call: Call, inputs: Iterable[torch.Tensor], saved: Saved, slope_of: Slope
@@ -69,33 +76,57 @@ def sensitivity(
     def predict(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return head(decoder.inner.norm(x))
 
-    said("what int4 harms: the head")
-    decoder.fill_head()
+    left, slopes, found = read_state(scratch)
     saved = Saved(scratch / "head.int4", rounding.block_size)
-    round_once(decoder.head, predict, hidden, names, rounding, saved)
-    slopes = go_back(decoder.head, predict, hidden, saved, slope_of_a_draw)
-    rounded_head = saved[names[decoder.head]] if decoder.tied else None
-    if not decoder.tied:
-        decoder.head.to("meta")
-    for i in reversed(range(count)):
+    if left is None:
+        said("what int4 harms: the head")
+        decoder.fill_head()
+        round_once(decoder.head, predict, hidden, names, rounding, saved)
+        slopes = go_back(decoder.head, predict, hidden, saved, slope_of_a_draw)
+        if not decoder.tied:
+            decoder.head.to("meta")
+        left = count
+        write_state(scratch, left, slopes, found)
+    for i in reversed(range(left)):
         said(f"what int4 harms: back through layer {i} of {count}")
-        inputs = torch.from_numpy(np.load(scratch / f"{i}.npy")).split(1)
-        saved = Saved(scratch / f"{i}.int4", rounding.block_size)
-        with decoder.filled(decoder.layers[i]):
-            slopes = go_back(
-                decoder.layers[i], decoder.calls[i], inputs, saved, slope_among(slopes)
-            )
-    if rounded_head:  # the embedding changes with it
+        layer, call = decoder.layers[i], decoder.calls[i]
+        inputs = read_windows(scratch / f"{i - 1}.npy") if i else decoder.embedded()
+        rounded = Saved(scratch / f"{i}.int4", rounding.block_size)
+        with decoder.filled(layer):
+            slopes = go_back(layer, call, inputs, rounded, slope_among(slopes))
+        write_state(scratch, i, slopes, found)
+    if decoder.tied:  # the embedding changes with the head
         whole = decoder.embedded()
-        decoder.embedding.weight = rounded_head.weight(decoder.embedding.weight.shape[1])
+        inputs_of_head = decoder.embedding.weight.shape[1]
+        decoder.embedding.weight = saved[names[decoder.head]].weight(inputs_of_head)
         pairs = zip(slopes, whole, decoder.embedded(), strict=True)
         effects = sum_of((g * (y - x)).sum(-1).square().sum() for g, x, y in pairs)
         found[names[decoder.head]] += float(effects) / 2 / positions
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(found))
-    os.replace(unfinished, path)
+    write_whole(path, json.dumps(found))
     shutil.rmtree(scratch)
     return found
+
+
+def read_windows(path: Path) -> list[torch.Tensor]:
+    return list(torch.from_numpy(np.load(path)).split(1))
+
+
+def write_state(
+    scratch: Path, left: int, slopes: list[torch.Tensor], found: dict[str, float]
+) -> None:
+    """Note how many layers the pass back has before it, the gradients there, and what it found."""
+    with in_one_motion(scratch / STATE) as path, path.open("wb") as file:
+        own = torch.cat(slopes).numpy()
+        np.savez(file, left=np.array(left), slopes=own, found=np.array(json.dumps(found)))
+
+
+def read_state(scratch: Path) -> tuple[int | None, list[torch.Tensor], dict[str, float]]:
+    """What was noted last; None, and nothing, before the pass back has begun."""
+    if not (scratch / STATE).is_file():
+        return None, [], {}
+    with np.load(scratch / STATE) as kept:
+        slopes = list(torch.from_numpy(kept["slopes"]).split(1))
+        return int(kept["left"]), slopes, dict(json.loads(str(kept["found"])))
 
 
 def keep_in_int8(found: dict[str, float], sizes: dict[str, "Size"], budget_mb: float) -> list[str]:
@@ -133,13 +164,12 @@ class Size(NamedTuple):
         return self.int8 - self.int4
 
 
-def sizes_of(decoder: Decoder, block_size: int) -> dict[str, Size]:
-    """Those of the layers' linears and of the head."""
+def sizes_of(linears: dict[str, nn.Linear], block_size: int) -> dict[str, Size]:
     sizes = {}
-    for linear in [*linears_of(decoder.layers), decoder.head]:
+    for name, linear in linears.items():
         blocks = linear.out_features * -(-linear.in_features // block_size)
         own = Size(linear.weight.numel(), blocks * (block_size // 2 + 2), blocks * (block_size + 2))
-        sizes[decoder.name_of[linear]] = own
+        sizes[name] = own
     return sizes
 
 

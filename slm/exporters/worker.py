@@ -12,26 +12,22 @@ import json
 import logging
 import time
 import traceback
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from slm.config import WINDOW, ExecutionProvider, Precision, Quantizer, Target
-from slm.errors import InputError, StepError, one_line, words_for
-from slm.exporters import builder, graph, mobius, parity
+from slm.config import Graph, Quantizer, Target
+from slm.errors import StepError, as_user_error, one_line, words_for
+from slm.exporters import builder, dequantized, graph, mobius, optimum, parity
 from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
+from slm.exporters.quantizers import MIXED, quantizer_of, require_kept, require_possible
 from slm.records import from_json
-from slm.running.memory import peak_rss_mb, releasing_mapped
+from slm.running.memory import peak_with_children_mb, releasing_mapped
 from slm.running.orphans import end_with_parent
 
-if TYPE_CHECKING:
-    from slm.exporters.calibration import Rounding
-    from slm.exporters.decoder import Decoder
-
-MAKERS = {"genai": builder.make, "mobius": mobius.make}
-MIXED = "mixed.json"  # beside the calibrated layers: the linears that a budget was shared among
+MAKERS = {"genai": builder.make, "mobius": mobius.make, "optimum": optimum.make}
 MARK = "@progress "  # begins the lines that the parent reads
 
 
@@ -40,8 +36,8 @@ class Request:
     """What to export: the makers of graphs to try in this order, and the text to compare them on.
 
     `onnx` is the folder to make, `scratch` one for twins and for what the processes say. Where the
-    target is calibrated, it is on at most `calibration_tokens` of `calibration`, into a folder that
-    outlives a failure: `calibrated`.
+    target is calibrated, it is on at most `calibration_tokens` of `calibration`, into folders that
+    outlive a failure: `calibrated` for this target, `shared` for others of the checkpoint too.
     """
 
     checkpoint: str
@@ -54,6 +50,7 @@ class Request:
     calibration: list[dict[str, Any]] = field(default_factory=list)
     calibration_tokens: int = 0
     calibrated: str = ""
+    shared: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,105 +77,25 @@ def export(request: Request) -> Exported:
     """
     checkpoint, onnx = Path(request.checkpoint), Path(request.onnx)
     started = time.monotonic()
+    require_possible(request)
     maker, agreed, refused = choose(request, checkpoint, Path(request.scratch))
     gc.collect()
     target = request.target
     save = quantizer = None
-    if not (target.quantizer is Quantizer.builder and target.precision.bits):
-        quantizer = quantizer_of(request, maker)
-        save = partial(graph.write, quantizer=quantizer, said=say)
     with releasing_mapped(checkpoint):
+        if not (target.quantizer is Quantizer.builder and target.precision.bits):
+            make = partial(MAKERS[maker], checkpoint)
+            quantizer = quantizer_of(request, make, partial(say, 0, 0))
+            reads_floats = isinstance(quantizer, dequantized.PositiveRtn)
+            put = dequantized.put if reads_floats else graph.quantize_product
+            save = partial(graph.write, quantizer=quantizer, said=say, put=put)
         MAKERS[maker](checkpoint, target, target.precision, onnx, save)
     rounded = require_kept(quantizer) if isinstance(quantizer, Grid) else []
     seconds = round(time.monotonic() - started - agreed.seconds, 1)
     mixed = Path(request.calibrated) / MIXED
     linears = json.loads(mixed.read_text()) if mixed.is_file() else {}
-    peak_mb = round(peak_rss_mb(), 1)
+    peak_mb = peak_with_children_mb()
     return Exported(maker, agreed, refused, seconds, peak_mb, rounded, linears)
-
-
-def require_kept(grid: Grid) -> list[str]:
-    """The weights that stand on no grid. Raises StepError if all of them do."""
-    if not grid.kept:
-        raise StepError(
-            "no weight of the checkpoint stands on a grid of at most 255 steps a block: it was "
-            "never quantized, or not kept in float32 since, or the target's weights are float16. "
-            "Export with target.quantizer=rtn, or for a CPU."
-        )
-    return grid.rounded
-
-
-def quantizer_of(request: Request, maker: str) -> graph.Quantizer | None:
-    """What rounds the weights of the target; None where it leaves them floats."""
-    target = request.target
-    bits = target.precision.bits
-    if bits is None:
-        return None
-    block_size = target.builder_options["block_size"]
-    accuracy_level = target.builder_options.get("accuracy_level", 0)
-    if target.quantizer is Quantizer.rtn:
-        return graph.Rtn(bits, block_size, accuracy_level)
-    if target.quantizer is Quantizer.grid:
-        return Grid(block_size, accuracy_level)
-    from torch.nn import Linear
-
-    from slm.exporters.calibrated import Calibrated
-    from slm.exporters.calibration import Rounding, calibrate
-    from slm.exporters.calibration_text import calibration_tokens
-    from slm.exporters.decoder import Decoder
-
-    checkpoint, folder = Path(request.checkpoint), Path(request.calibrated)
-    folder.mkdir(exist_ok=True)
-
-    def draft() -> Path:
-        say(0, 0, "the model's own answers, by a draft that is rounded to nearest")
-        onnx = Path(request.scratch) / "draft" / "onnx"
-        cpu = replace(target, execution_provider=ExecutionProvider.cpu)
-        save = partial(graph.write, quantizer=graph.Rtn(4, block_size, 4), said=silent)
-        MAKERS[maker](checkpoint, cpu, Precision.int4, onnx, save)
-        return onnx
-
-    rows, most = request.calibration, request.calibration_tokens
-    tokens = calibration_tokens(rows, checkpoint, most, draft, folder / "answers.json")
-    decode = partial(Decoder, checkpoint, tokens, WINDOW)
-    rounding = Rounding(bits, block_size, target.int8, target.quantizer is Quantizer.mse)
-    if target.budget_mb or target.budget_bits:
-        rounding = replace(rounding, int8=share_budget(target, decode(), rounding, folder))
-    decoder = decode()
-    names = [name for module, name in decoder.name_of.items() if isinstance(module, Linear)]
-    if target.int8 and not any(rounding.bits_of(name) > bits for name in names):
-        raise InputError(
-            f"target.int8 is {', '.join(target.int8)}; none of it is the end of a linear's name in "
-            f"this checkpoint, such as {names[-1]}."
-        )
-    calibrate(decoder, rounding, folder, partial(say, 0, 0))
-    return Calibrated(checkpoint, folder, block_size, accuracy_level)
-
-
-def share_budget(
-    target: Target, decoder: "Decoder", rounding: "Rounding", folder: Path
-) -> list[str]:
-    """The linears that keep 8 bits within the target's budget. Notes all of them in `folder`."""
-    from slm.exporters.sensitivity import keep_in_int8, left_for_int8, sensitivity, sizes_of
-
-    sizes = sizes_of(decoder, rounding.block_size)
-    weights = sum(size.weights for size in sizes.values())
-    budget_mb = target.budget_mb or (target.budget_bits or 0) * weights / 8e6
-    left_for_int8(sizes, budget_mb)  # before the pass, which takes minutes
-    divergence = sensitivity(decoder, rounding, folder, partial(say, 0, 0))
-    int8 = keep_in_int8(divergence, sizes, budget_mb)
-    linears = {
-        name: {
-            "bits": 8 if name in int8 else 4,
-            "divergence": float(f"{divergence[name]:.3g}"),
-        }
-        for name in sizes
-    }
-    (folder / MIXED).write_text(json.dumps(linears))
-    taken = sum(size.int8 if name in int8 else size.int4 for name, size in sizes.items()) / 1e6
-    said = f"{len(int8)} of {len(sizes)} linears keep 8 bits: {taken:.3g} MB of {budget_mb:.3g}"
-    say(0, 0, said)
-    return int8
 
 
 def choose(request: Request, checkpoint: Path, folder: Path) -> tuple[str, Parity, dict[str, str]]:
@@ -236,8 +153,10 @@ def refusal(checkpoint: Path, makers: list[str], refused: dict[str, str], compar
     special = parity.special_settings(config)
     has = f" Its config.json has {', '.join(special)}." if special else ""
     tried = "; ".join(f"{maker}: {why.rstrip('.')}" for maker, why in refused.items())
-    others = [name for name in MAKERS if name not in makers]
-    cure = f" Try export.graph=auto, which also asks {', '.join(others)}." if others else ""
+    others = [name for name in Graph.auto.makers if name not in makers]
+    cure = " Try export.graph=optimum, which makes an environment of its own."
+    if others:
+        cure = f" Try export.graph=auto, which also asks {', '.join(others)}."
     name = config["architectures"][0]
     words = f"no graph of {name} means what its checkpoint means"
     if not compared:
@@ -265,11 +184,11 @@ def main() -> None:
     try:
         exported = export(from_json(Request, json.loads(path.read_text())))
     except Exception as error:
-        words = words_for(error)
-        if words is None:
+        known = as_user_error(error)
+        if known is None:
             raise
-        path.with_name("error").write_text(words)
-        parser.exit(1)
+        path.with_name("error").write_text(one_line(known))
+        parser.exit(known.exit_code)
     path.with_name("exported.json").write_text(json.dumps(asdict(exported)))
 
 

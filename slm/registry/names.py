@@ -7,6 +7,7 @@ from mlflow.exceptions import MlflowException
 from slm.config import Register
 from slm.records import LoggedModel
 from slm.registry.kinds import require_registry
+from slm.running import lineage
 from slm.running.tracking import TEXT_LIMIT
 
 # Aliases of a registered model. The champion serves; a challenger passed its evaluation and is not
@@ -20,6 +21,7 @@ TARGET = "target"
 SOURCE = "source"
 REVISION = "revision"
 LICENCE = "licence"
+TRAINING_RUN = lineage.TRAINING_RUN  # the run that trained the weights
 VERSIONS = "versions"  # of the libraries that made it, as JSON
 SHA256 = "sha256"  # of its weights, as JSON
 LOGGED_MODEL = "logged_model"  # the id of the logged model that it was made of

@@ -15,7 +15,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from slm.config import Register
 from slm.digests import digest_of
-from slm.errors import InputError, StepError, one_line
+from slm.errors import InputError, StepError, is_away, one_line
 from slm.evaluation.metrics import base_name, is_of_harness
 from slm.proof import prove
 from slm.records import Evaluation, LoggedModel
@@ -29,7 +29,8 @@ from slm.registry.names import (
     registered_name,
     version_uri,
 )
-from slm.running.tracking import logged_model_exists, store_variables
+from slm.running.lineage import training_link, training_run, training_tags
+from slm.running.tracking import environment, logged_model_exists, store_variables
 from slm_pyfunc.verify import PUBLIC_KEY
 
 log = logging.getLogger("slm.registry")
@@ -60,6 +61,8 @@ def entry_of(
             f"The checkpoint of {model.model} as it is, served by MLflow's transformers flavor: "
             "the reference that its ONNX models are held against."
         )
+    if run := training_link(model.provenance):
+        description = f"Trained by the run {run}.\n\n{description}"
     tags = provenance_tags(model) | judged | {names.CONDITIONS: evaluation.conditions}
     tags[names.SIGNED_BY] = key
     tags = {key: cut(value, tag_limit()) for key, value in tags.items() if value}
@@ -74,12 +77,13 @@ def provenance_tags(model: LoggedModel) -> dict[str, str]:
         names.CONTENT: model.content,
         names.INTERFACE: model.interface,
         names.TARGET: model.target,
-        names.SOURCE: origin.source,
+        names.SOURCE: provenance.described_source,
         names.REVISION: origin.revision,
         names.LICENCE: origin.licence,
         names.VERSIONS: json.dumps(provenance.versions),
         names.SHA256: json.dumps(weights),
         names.LOGGED_MODEL: model.model_id,
+        **training_tags(model.provenance),
     }
 
 
@@ -155,6 +159,9 @@ def version_of(client: MlflowClient, entry: Entry) -> ModelVersion:
 def make_version(client: MlflowClient, entry: Entry) -> ModelVersion:
     """Make a version; in Unity Catalog from a copy of the logged model's files.
 
+    Its source run, as MLflow's page of it shows, is the one that trained the weights, if that is
+    known; the logged model's is the one that packaged them.
+
     MLflow 3.17 uploads to Unity Catalog from the logged model's own folder if that lies on this
     machine: it writes into the folder, and deletes it if its place is a file: URI. Waits for a
     public way to say where a copy lies. Raises StepError if the client of the cloud's storage is
@@ -166,9 +173,10 @@ def make_version(client: MlflowClient, entry: Entry) -> ModelVersion:
         "tags": entry.tags,
         "description": entry.description,
         "model_id": entry.model.model_id,
+        "run_id": training_run(entry.model.provenance) or None,
     }
     if not is_unity_catalog():
-        return client.create_model_version(**says)
+        return created_once(client, says)
     with tempfile.TemporaryDirectory() as scratch:
         copy = mlflow.artifacts.download_artifacts(artifact_uri=entry.model.uri, dst_path=scratch)
         try:
@@ -181,6 +189,28 @@ def make_version(client: MlflowClient, entry: Entry) -> ModelVersion:
                 f"{one_line(error.__cause__)}. Install 'mlflow[databricks]=={mlflow.__version__}', "
                 "and run it again."
             ) from error
+
+
+def created_once(client: MlflowClient, says: dict[str, Any]) -> ModelVersion:
+    """Create a version, though the registry's reply may be lost on the way.
+
+    MLflow's client would send the request again, and the registry make a second version. Called in
+    a turn: no other run makes versions meanwhile.
+    """
+    query = f"name = '{says['name']}'"
+    before = {v.version for v in mlflow.search_model_versions(filter_string=query)}
+    for last in (False, True):
+        try:
+            with environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}):
+                return client.create_model_version(**says)
+        except MlflowException as error:
+            if last or not is_away(one_line(error)):
+                raise
+            log.info("register: no reply of the registry: looking whether the version is there")
+        for version in mlflow.search_model_versions(filter_string=query):  # with patience
+            if version.version not in before and version.tags == says["tags"]:
+                return version
+    raise AssertionError
 
 
 def refresh(client: MlflowClient, version: ModelVersion, entry: Entry) -> None:

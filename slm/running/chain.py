@@ -2,34 +2,54 @@
 
 import importlib
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from slm.config import Config
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from slm.config import CONF, Config, Target
+from slm.errors import InputError
 from slm.records import Checkpoint, Evaluation, LoggedModels, OnnxModel, Registration
 from slm.running.run import ASKED, Ask
 
 
 @dataclass(frozen=True)
 class Link:
-    """A step, the record that it ends with, and what its parameters take of earlier outcomes."""
+    """A step, the record that it ends with, and what its parameters take of earlier outcomes.
+
+    `target` is another than that of the run, if a model serves several.
+    """
 
     step: str
     outcome: type[Any]
-    takes: dict[str, str] = field(default_factory=dict)
+    takes: dict[str, str | list[str]] = field(default_factory=dict)
+    target: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.step} {self.target}".rstrip()
 
     @property
     def needs(self) -> list[str]:
-        """The steps whose outcomes it takes."""
-        return [of.split(".")[0] for of in self.takes.values()]
+        """The names of the links whose outcomes it takes."""
+        taken = (of if isinstance(of, list) else [of] for of in self.takes.values())
+        return [of.rpartition(".")[0] for each in taken for of in each]
 
     def inputs(self, outcomes: Mapping[str, Any]) -> dict[str, Any]:
-        """Its parameters, out of the outcomes of the steps before."""
+        """Its parameters, out of the outcomes of the links before, by their names."""
+
+        def taken(of: str) -> Any:
+            link, _, attribute = of.rpartition(".")
+            return getattr(outcomes[link], attribute)
+
         return {
-            parameter: getattr(outcomes[step], attribute)
+            parameter: [taken(each) for each in of] if isinstance(of, list) else taken(of)
             for parameter, of in self.takes.items()
-            for step, attribute in [of.split(".")]
         }
 
 
@@ -45,6 +65,60 @@ PIPELINE = (
     ),
     Link("register", Registration, {"source": "evaluate.uri"}),
 )
+
+
+def pipeline(config: Config) -> list[Link]:
+    """The chain of this run: with an export for each target that its model is to serve."""
+    further = config.log_pyfunc.targets[1:]
+    exports = [Link("export_onnx", OnnxModel, {"source": "fetch.uri"}, each) for each in further]
+    uris = ["export_onnx.uri", *(f"{link.name}.uri" for link in exports)]
+    links: list[Link] = []
+    for link in PIPELINE:
+        if link.step == "log_pyfunc" and further:
+            links += [*exports, replace(link, takes={"source": uris})]
+        else:
+            links.append(link)
+    return links
+
+
+def of_first_target(config: Config) -> Config:
+    """The configuration of a model's first target, where it is to serve several.
+
+    Raises InputError if another one was chosen.
+    """
+    targets = config.log_pyfunc.targets
+    if not targets or targets[0] == config.target.name:
+        return config
+    if any(override.startswith("target=") for override in HydraConfig.get().overrides.task):
+        raise InputError(
+            f"log_pyfunc.targets begins with {targets[0]}, and target is {config.target.name}: the "
+            f"first one's runtime is what the model requires. Give target={targets[0]}, or no "
+            "target."
+        )
+    return of_target(config, targets[0])
+
+
+def of_target(config: Config, target: str) -> Config:
+    """The configuration with another target of conf/, to which no override of target.… applies."""
+    if not target:
+        return config
+    hydra = HydraConfig.get()
+    search_path = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
+    task = [o for o in hydra.overrides.task if not is_of_target(o)]
+    try:
+        composed = OmegaConf.to_object(
+            compose("config", [*search_path, *task, f"target={target}"]).target
+        )
+    except HydraException as error:
+        known = ", ".join(sorted(path.stem for path in (CONF / "target").glob("*.yaml")))
+        raise InputError(f"log_pyfunc.targets has {target}; valid: {known}.") from error
+    assert isinstance(composed, Target)
+    return replace(config, target=composed)
+
+
+def is_of_target(override: str) -> bool:
+    """Whether an override chooses or changes a target."""
+    return re.match(r"[+~]*target[.=@]", override) is not None
 
 
 def kept(step: str, config: Config, inputs: Mapping[str, Any], ask: Ask) -> Any:

@@ -134,6 +134,11 @@ def heed_another_source(config: Config, overrides: list[str], chosen: str) -> li
     registered as the chosen model, and could become its champion.
     """
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    if "model.adapter" in given and "model.name" not in given:
+        raise InputError(
+            "model.adapter is overridden, and model.name is not: the merged model is another one. "
+            "Give model.name=<its own name>."
+        )
     if "model.source" not in given:
         return []
     if "model.name" not in given:
@@ -182,28 +187,36 @@ def parameters_of(name: str) -> list[str]:
 
 
 def hydra_arguments(name: str, argv: list[str]) -> list[str]:
-    """Translate MLproject's `--parameter value` pairs into Hydra overrides."""
+    """Translate MLproject's `--parameter value`, or `--parameter=value`, into Hydra overrides."""
     arguments, rest, parameters = [], list(argv), parameters_of(name)
     while rest:
-        argument = rest.pop(0)
+        argument, equals, value = rest.pop(0).partition("=")
         parameter = argument.removeprefix("--")
         parameter = ALIASES.get(parameter, parameter)
-        if argument == "--overrides":
-            arguments += split_overrides(rest.pop(0) if rest else "")
-        elif argument.startswith("--") and parameter in parameters:
-            value = rest.pop(0) if rest else ""
-            arguments += [f"{parameter}={quoted(value)}"] if value else []
-        elif argument.startswith("--") and parameter.split("=")[0] not in HYDRA_FLAGS.split():
+        if argument.startswith("--") and parameter in [*parameters, "overrides"]:
+            value = value if equals or not rest else rest.pop(0)
+            if parameter == "overrides":
+                arguments += split_overrides(value)
+            elif value:
+                arguments.append(f"{parameter}={quoted(value)}")
+        elif argument.startswith("--") and parameter not in HYDRA_FLAGS.split():
             valid = ", ".join([*parameters, "overrides"])
             raise HydraException(f"{name} has no parameter {parameter!r}; valid: {valid}")
         else:
-            arguments.append(argument)
-    return arguments
+            arguments.append(argument + equals + value)
+    return [listed(argument) for argument in arguments]
+
+
+def listed(override: str) -> str:
+    """`force=a,b` as one value: to Hydra it would be two runs."""
+    steps = re.fullmatch(r"force=(\w+(?:,\w+)+)", override)
+    return f"force={quoted(steps[1])}" if steps else override
 
 
 def told_summary(argv: list[str]) -> str | None:
     """The file of `summary` in a command line that cannot be composed."""
-    words = re.findall(r"(?<![\w.])(?:summary=|--(?:summary|json) )'?([^\s'\",]+)", " ".join(argv))
+    told = r"(?<![\w.])(?:summary=|--(?:summary|json)[ =])'?([^\s'\",]+)"
+    words = re.findall(told, " ".join(argv))
     return words[-1] if words else None
 
 

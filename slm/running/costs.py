@@ -5,9 +5,9 @@ size only (fetch, the logging steps, evaluate with `evaluate=smoke`, register) g
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from slm.config import Config, Precision, Quantizer
+from slm.config import Config, Graph, Precision, Quantizer
 
 # Bytes of an ONNX folder for each weight: scales and an embedding in more bits included.
 ONNX_BYTES = {4: 0.7, 8: 1.2}
@@ -41,19 +41,27 @@ def cost_of(step: str, size: Size, config: Config) -> Cost:
     precision = config.target.precision
     per_weight = ONNX_BYTES.get(precision.bits or 0, FLOAT_BYTES.get(precision, 2.0))
     onnx, interfaces = weights * per_weight, len(config.log_pyfunc.interfaces)
+    logged = onnx * interfaces * max(1, len(config.log_pyfunc.targets))
     costs = {
-        "fetch": fetching(config.model.source, size),
+        "fetch": fetching(str(config.model.source), size, bool(config.model.adapter)),
         "export_onnx": exporting(config.target.quantizer, weights, onnx),
-        "log_pyfunc": Cost(onnx * interfaces, LIBRARIES_GB + onnx, 6 + 15 * weights),
+        "log_pyfunc": Cost(logged, LIBRARIES_GB + onnx, 6 + 15 * weights),
         "log_transformers": Cost(checkpoint, LIBRARIES_GB, 4 + 4 * checkpoint),
         "evaluate": Cost(0.0, LIBRARIES_GB + 1.4 * checkpoint, 20 + 430 * weights),
         "register": Cost(0.0, LIBRARIES_GB + 1.4 * checkpoint, 12 + 50 * weights),
     }
+    if step == "export_onnx" and config.export.graph is Graph.optimum:
+        return replace(costs[step], memory_gb=None, seconds=None)  # by what torch traces
     return costs[step]
 
 
-def fetching(source: str, size: Size) -> Cost:
-    """A GGUF is loaded to be dequantized; safetensors take as long as the network does."""
+def fetching(source: str, size: Size, merges: bool) -> Cost:
+    """A GGUF is loaded to be dequantized; safetensors take as long as the network does.
+
+    A base lies beside the checkpoint until an adapter is merged into it.
+    """
+    if merges:
+        return Cost(2 * size.checkpoint_gb, LIBRARIES_GB + 1.5, 20 * size.weights)
     if source.endswith(".gguf"):
         return Cost(size.checkpoint_gb, LIBRARIES_GB + 2 * size.checkpoint_gb, 200 * size.weights)
     return Cost(size.checkpoint_gb, LIBRARIES_GB)

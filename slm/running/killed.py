@@ -115,6 +115,12 @@ def lives(run: Run, folder: Path) -> bool:
         return True
 
 
+def was_killed(run: Run, work: Path) -> bool:
+    """Whether the process that had the run on record is gone."""
+    folder = work / FOLDER
+    return (folder / f"{run.info.run_id}.json").is_file() and not lives(run, folder)
+
+
 def lock_of(record: Path) -> FileLock:
     return FileLock(record.with_suffix(".lock"), timeout=0)
 

@@ -73,6 +73,6 @@ def releasing_mapped(folder: Path) -> Iterator[None]:
 def release_mapped(folder: Path) -> None:
     libc = ctypes.CDLL(None)
     for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith(".safetensors") and f" {folder}/" in line:
+        if f" {folder}/" in line:
             begin, end = (int(address, 16) for address in line.split()[0].split("-"))
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), PAGE_OUT)

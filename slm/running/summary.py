@@ -28,6 +28,7 @@ from slm.running.whole import write_whole
 log = logging.getLogger("slm.summary")
 
 WEBHOOK, FORMAT = "SLM_WEBHOOK_URL", "SLM_WEBHOOK_FORMAT"
+FORMATS = ("", "json", "slack")
 SLACK = "hooks.slack.com"
 PATIENCE_S = 10
 INTERRUPTED = 130
@@ -120,7 +121,7 @@ class Ending:
     def goes_to(self, file: str | None, folder: Path) -> None:
         """Say where it is written, and remove an earlier command's: it says nothing of this one.
 
-        Raises InputError if no file can be there.
+        Raises InputError if no file can be there, or if the webhook's form is unknown.
         """
         self.began = True
         if file:
@@ -134,6 +135,10 @@ class Ending:
                     "may write to."
                 ) from error
             self.path = str(path)
+        if self.format not in FORMATS:
+            raise InputError(
+                f"{FORMAT} is {self.format!r}; it must be {' or '.join(FORMATS[1:])}, or not set."
+            )
 
     def tell(self) -> None:
         """Write the file, and post to the webhook; nothing of a command that only showed help."""
@@ -156,7 +161,7 @@ def post(summary: Summary, url: str, form: str) -> None:
     The URL is a secret: no more of it than its host is shown.
     """
     host = url.partition("://")[2].split("/")[0].rpartition("@")[2]
-    slack = form == "slack" or (not form and host == SLACK)
+    slack = form == "slack" or (form != "json" and host == SLACK)
     text = json.dumps({"text": summary.sentence()}) if slack else summary.json()
     headers = {"Content-Type": "application/json"}
     try:

@@ -1,10 +1,12 @@
 """MLflow's runs and stores: where they are, what they hold, and how a run ends."""
 
 import contextlib
+import functools
 import logging
 import os
 import re
 import sys
+import tempfile
 import textwrap
 import uuid
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import mlflow
 import psutil
+import requests
 from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
@@ -28,6 +31,7 @@ log = logging.getLogger("slm.tracking")
 
 USERNAME, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 RECORD = "record"  # the tag of a run that says under which name it is on record
+PATIENCE_S = 20
 TEXT_LIMIT = 5000  # characters of a tag or a description, in MLflow's stores
 
 
@@ -35,15 +39,20 @@ def settle_tracking() -> None:
     """Make the stores' URIs absolute, and ask a remote tracking server for something.
 
     A relative URI, MLflow's default among them, would move with the working directory; MLflow
-    prints a server's URI with the password in it. Raises UnreachableError if the server does not
-    answer: at once, unless it opened a run for this process and so is away for a while. MLflow's
-    client then tries for minutes.
+    prints a server's URI with the password in it. Raises UnreachableError if the server, or a
+    registry elsewhere, does not answer: at once, unless it opened a run for this process and so is
+    away for a while. MLflow's client then tries for minutes.
     """
     registry = os.environ.get("MLFLOW_REGISTRY_URI")
     mlflow.set_tracking_uri(without_password(absolute_uri(mlflow.get_tracking_uri())))
     if registry:
         mlflow.set_registry_uri(without_password(absolute_uri(registry)))
-    if not mlflow.get_tracking_uri().startswith(("http://", "https://")):
+    uris = [mlflow.get_tracking_uri(), mlflow.get_registry_uri()]
+    asked = uris[0] if uris[0].startswith(("http://", "https://")) else None
+    for uri in dict.fromkeys(uris) if "MLFLOW_RUN_ID" not in os.environ else ():
+        if uri != asked:
+            require_host(uri)
+    if asked is None:
         return
     impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
     with environment({} if "MLFLOW_RUN_ID" in os.environ else impatient):
@@ -56,6 +65,45 @@ def settle_tracking() -> None:
                 f"{textwrap.shorten(one_line(error), 300, placeholder='…')} "
                 "Start it, or set MLFLOW_TRACKING_URI."
             ) from error
+
+
+def require_host(uri: str) -> None:
+    """Raise UnreachableError if nothing answers at a store's host; whatever answers will do."""
+    what, host, cure = "registry", uri, "Start it, or set MLFLOW_REGISTRY_URI."
+    if uri.startswith("databricks"):
+        what, host = "Databricks workspace", databricks_host(uri)
+        cure = "Check the network, and DATABRICKS_HOST."
+    if not host.startswith(("http://", "https://")):
+        return
+    try:
+        requests.head(host, timeout=PATIENCE_S, allow_redirects=False)
+    except requests.RequestException as error:
+        raise UnreachableError(
+            f"the {what} {redacted(host)} cannot be reached: "
+            f"{textwrap.shorten(one_line(error), 300, placeholder='…')} {cure}"
+        ) from error
+
+
+def databricks_host(uri: str) -> str:
+    """The address of the workspace that a URI means, "" if Databricks' SDK finds none.
+
+    The SDK asks the address of something when it reads its configuration, five minutes long.
+    """
+    host = os.environ.get("DATABRICKS_HOST", "")  # before that of a profile
+    if not host:
+        from databricks.sdk.config import Config as Databricks
+
+        profile = urlsplit(uri).netloc
+        given = {"profile": profile} if profile else {}
+        try:
+            found = Databricks(
+                **given, retry_timeout_seconds=PATIENCE_S, http_timeout_seconds=PATIENCE_S
+            )
+        except ValueError as error:  # MLflow knows other ways, and says what it needs
+            log.debug("%s", one_line(error))
+            return ""
+        host = found.host or ""
+    return host if not host or "://" in host else f"https://{host}"
 
 
 def absolute_uri(uri: str) -> str:
@@ -147,10 +195,15 @@ def mlflow_run(name: str, work: Path) -> Iterator[mlflow.ActiveRun]:
     run_id, own = os.environ.get("MLFLOW_RUN_ID"), uuid.uuid4().hex
     query = f"attributes.run_id = '{run_id}'" if run_id else f"tags.{RECORD} = '{own}'"
     with on_record(run_id or own, query, work):
+        started = {} if run_id else {"run_name": name, "tags": {RECORD: own}}
         try:
-            run = mlflow.start_run(
-                run_name=None if run_id else name, tags=None if run_id else {RECORD: own}
-            )
+            try:
+                run = mlflow.start_run(**started)
+            except MlflowException as error:
+                # MLflow 3.17 creates MLFLOW_EXPERIMENT_NAME if it is missing; another run just did.
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                run = mlflow.start_run(**started)
         except MlflowException as error:
             if run_id and "not found" in str(error):
                 raise InputError(
@@ -226,14 +279,26 @@ def local_path(uri: str | None, parameter: str, made_by: str) -> Path:
         raise InputError(
             f"{parameter} is missing: pass the URI that {made_by} ended with, as {parameter}=<uri>."
         )
+    if not isinstance(uri, str):
+        raise InputError(f"{parameter} is {uri}; it must be one URI, that {made_by} ended with.")
     path = ROOT / Path(uri.removeprefix("file://")).expanduser()
     if path.exists():
         return path
     if "://" in uri or uri.startswith(("models:/", "runs:/", "dbfs:/")):
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        before, tempfile.tempdir = tempfile.tempdir, downloads().name  # MLflow leaves them
+        try:
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        finally:
+            tempfile.tempdir = before
     raise InputError(
         f"{parameter}={uri}: no such file or folder. Run {made_by}, and pass the URI it ends with."
     )
+
+
+@functools.cache
+def downloads() -> tempfile.TemporaryDirectory[str]:
+    """Where this process downloads to: it lasts as long as the process."""
+    return tempfile.TemporaryDirectory(prefix="slm-")
 
 
 def stores_exist() -> bool:

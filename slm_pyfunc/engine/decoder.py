@@ -1,7 +1,7 @@
 """What runs the ONNX model: tokens in, logits out, keys and values kept from one call to the next.
 
 Two classes do the same for the scheduler: `BatchDecoder` runs many sequences in one call, on the
-CPU; `GeneratorDecoder` one after the other, with any execution provider.
+CPU; `GeneratorDecoder` one after the other, with any execution provider and any kind of cache.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +11,8 @@ import numpy as np
 
 CAPACITY_STEP = 256  # keys and values are allocated for a multiple of so many tokens
 PROMPT_PIECE = 256  # tokens of a prompt per call; bounds the memory of logits and attention scores
+# The session option, in genai_config.json, of where weights are, relative to its folder.
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 LONGROPE_SWITCH = 4096  # tokens; beyond them Phi's LongRoPE graphs use other factors
 
 
@@ -65,6 +67,16 @@ def has_longrope(genai_config: dict[str, Any]) -> bool:
     """
     model = genai_config["model"]
     return model["type"].startswith("phi") and model["context_length"] > LONGROPE_SWITCH
+
+
+def runs_alone(genai_config: dict[str, Any]) -> bool:
+    """Whether each sequence of a graph needs a Generator of its own, also on the CPU.
+
+    A graph without GroupQueryAttention gives caches back that have grown, and takes every row for
+    as long as the longest.
+    """
+    shares = genai_config["search"].get("past_present_share_buffer", True)
+    return has_longrope(genai_config) or not shares
 
 
 def capacity_for(length: int) -> int:

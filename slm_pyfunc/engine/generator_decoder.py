@@ -1,5 +1,6 @@
 """Each sequence through onnxruntime-genai's Generator, with any execution provider."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from .decoder import (
     has_longrope,
 )
 
+# Packages that bring an execution provider, by its name; others are built into the runtime.
+PLUGINS = {
+    "webgpu": "onnxruntime_ep_webgpu",
+    "NvTensorRtRtx": "onnxruntime_ep_nv_tensorrt_rtx",
+}
+
 
 class GeneratorDecoder:
     """Each sequence in a Generator of its own, one after the other; any execution provider.
@@ -31,6 +38,7 @@ class GeneratorDecoder:
         threads: int,
         cache_mb: float,
     ) -> None:
+        register_plugin(provider)
         config = og.Config(str(folder))
         config.clear_providers()
         if provider != "cpu":
@@ -42,8 +50,10 @@ class GeneratorDecoder:
         except RuntimeError as error:
             if provider == "cpu":
                 raise
+            package = PLUGINS.get(provider, "").replace("_", "-")
+            hint = f" (its package is {package})" if package else ""
             raise ExecutionProviderUnavailable(
-                f"{provider}: {' '.join(str(error).split())}"
+                f"{provider}: {' '.join(str(error).split())}{hint}"
             ) from error
         decoder = genai_config["model"]["decoder"]
         values = (
@@ -110,3 +120,20 @@ class GeneratorDecoder:
         parameters = og.GeneratorParams(self.model)
         parameters.set_search_options(max_length=max_length)
         return og.Generator(self.model, parameters)
+
+
+def register_plugin(provider: str) -> None:
+    """Tell onnxruntime-genai where a provider's library is, if a package that is installed has it.
+
+    Once a process, whatever versions of this code are in it: onnxruntime-genai 0.18 crashes after
+    a second time.
+    """
+    if provider not in PLUGINS:
+        return
+    try:
+        plugin = importlib.import_module(PLUGINS[provider])
+    except ImportError:  # the runtime may have it built in
+        return
+    if not hasattr(plugin, "registered_with_genai"):
+        og.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
+        plugin.registered_with_genai = True  # type: ignore[attr-defined]

@@ -20,12 +20,12 @@ from ..settings import Settings
 from ..tokenizer import Tokenizer
 from .batch_decoder import BatchDecoder
 from .cores import Turn, available_cores
-from .decoder import Decoder, has_longrope
+from .decoder import Decoder, runs_alone
 from .generator_decoder import GeneratorDecoder
 from .sampling import Sampler, log_softmax
 from .scheduler import Completion, Events, Scheduler, Sequence, receive
 
-PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
+PROVIDERS = ("cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx")
 Prompt = str | list[int]  # a text, or the tokens of one
 LOADED: "weakref.WeakSet[Runtime]" = weakref.WeakSet()
 
@@ -33,7 +33,7 @@ LOADED: "weakref.WeakSet[Runtime]" = weakref.WeakSet()
 class Runtime:
     """An ONNX folder, loaded: what the exporter wrote, and how to serve it.
 
-    `execution_provider` is one of cpu, cuda, dml, webgpu. `sha256` holds digests that files of the
+    `execution_provider` is one of PROVIDERS. `sha256` holds digests that files of the
     folder must have. `defaults` are Parameters by name, for what differs from the checkpoint's
     generation_config. The rest are Settings by name.
 
@@ -92,7 +92,7 @@ class Runtime:
     def open_decoder(self) -> Decoder:
         model, settings = (self.folder, self.genai_config), self.settings
         threads = settings.threads or available_cores()
-        if self.execution_provider == "cpu" and not has_longrope(self.genai_config):
+        if self.execution_provider == "cpu" and not runs_alone(self.genai_config):
             return BatchDecoder(*model, threads, settings.max_batch_size, settings.cache_mb)
         return GeneratorDecoder(*model, self.execution_provider, threads, settings.cache_mb)
 

@@ -1,0 +1,72 @@
+"""A checkpoint or an adapter in MLflow, in a cloud's storage, or on a web server."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from slm.config import Model
+from slm.digests import digest_of
+from slm.errors import InputError
+from slm.sources import mlflow_uri, remote
+from slm.sources.artifacts import Listed
+from slm.sources.gguf import template_beside
+from slm.sources.verify import is_weights, key_of, taken_names
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Files of a store by the name that they have in a checkpoint; the revision is their content.
+
+    `base` is the source of an adapter's base, where MLflow recorded it.
+    """
+
+    pinned: str
+    files: dict[str, Listed]
+    store: remote.Store
+    training: dict[str, str] = field(default_factory=dict)
+    base: str = ""
+    revision: str = ""
+
+    form: ClassVar[str] = ", ".join((*mlflow_uri.FORMS, *remote.FORMS))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        files = {name: [listed.size, listed.mark] for name, listed in self.files.items()}
+        return {"source": self.pinned, "files": digest_of(files), "training": self.training}
+
+    @classmethod
+    def parse(cls, uri: str, model: Model) -> "Stored | None":
+        found = mlflow_uri.find(uri, model) or remote.find(uri)
+        if found is None:
+            return None
+        listed: dict[str, Listed] = {}
+        for folder in found.folders:
+            listed |= found.store.files_in(folder)
+        if not listed:
+            raise InputError(
+                f"{key_of(uri, model)}={uri} holds no files. Give the folder of a checkpoint, or "
+                "the path of a .gguf file."
+            )
+        if found.file and found.file not in listed:
+            raise InputError(f"{uri}: there are {', '.join(sorted(listed)[:5])}, and no such file.")
+        names = (
+            [found.file, *template_beside(found.file, list(listed))]
+            if found.file
+            else (taken_names(list(listed), uri, model, lambda name: f"{uri.rstrip('/')}/{name}"))
+        )
+        taken = {name: listed[name] for name in names}
+        return cls(found.pinned, taken, found.store, found.training, found.base)
+
+    def names(self) -> list[str]:
+        return list(self.files)
+
+    def licence(self) -> str | None:
+        return None
+
+    def weights_gb(self) -> float | None:
+        return sum(f.size for name, f in self.files.items() if is_weights(name)) / 1e9 or None
+
+    def take(self, names: list[str], folder: Path) -> Path:
+        for name in names:
+            self.store.take(self.files[name], folder / name)
+        return folder
