@@ -427,17 +427,22 @@ def registry(generations: Generations, tmp_path: Path) -> Generations:
 
 
 def log_onnx(
-    onnx: Path, max_tokens: int, *interfaces: Interface, signing: Signing | None = None
+    onnx: Path,
+    max_tokens: int,
+    *interfaces: Interface,
+    signing: Signing | None = None,
+    tool_calls: str = "none",
 ) -> list[LoggedModel]:
     """Log an ONNX folder under a setting, which makes it another content."""
     from steps.log_pyfunc import Packaging, log_interface, runtime_requirements
 
-    config = composed(f"log_pyfunc.max_tokens={max_tokens}")
+    config = composed(f"log_pyfunc.max_tokens={max_tokens}", f"model.tool_calls={tool_calls}")
     signing = signing or config.signing
     requirements = runtime_requirements(config.target)
     requirements += verifier_requirements(signing)
     packaging = Packaging(
-        config.model.name, config.target, config.log_pyfunc, requirements, signing
+        *(config.model.name, config.target, config.log_pyfunc, requirements, signing),
+        tool_calls=config.model.tool_calls,
     )
     return [log_interface(i, onnx, read_provenance(onnx), packaging) for i in interfaces]
 

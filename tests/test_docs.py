@@ -20,6 +20,7 @@ GROUPS = (
     "register",
     "signing",
     "score",
+    "serve",
     "clean",
     "ladder",
     "paths",
@@ -36,6 +37,7 @@ NO_KEYS = (
     ".predict",
     ".predict_stream",
     ".sig",
+    ".png",
     ".pem",
     ".pub",
 )

@@ -162,9 +162,9 @@ def heed_another_source(config: Config, overrides: list[str], chosen: str) -> li
     """If `model.source` is overridden, drop what the file of the `chosen` model says of its source.
 
     The digests, whose files are returned, go in any case, and the licence, architecture, context
-    length and parameters unless `model.name` says that this is a copy of the chosen model; what is
-    overridden stays. Raises InputError without `model.name`: the checkpoint would be registered as
-    the chosen model, and could become its champion.
+    length, parameters and tool calls unless `model.name` says that this is a copy of the chosen
+    model; what is overridden stays. Raises InputError without `model.name`: the checkpoint would be
+    registered as the chosen model, and could become its champion.
     """
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
     if "model.adapter" in given and "model.name" not in given:
@@ -183,6 +183,8 @@ def heed_another_source(config: Config, overrides: list[str], chosen: str) -> li
         for key in ("licence", "architecture", "context_length", "parameters"):
             if f"model.{key}" not in given:
                 setattr(config.model, key, None)
+        if "model.tool_calls" not in given:
+            config.model.tool_calls = "none"
     kept: set[str] = set()
     for override in overrides:
         if override.lstrip("+").startswith("model.sha256="):

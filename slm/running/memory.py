@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 PAGE_OUT = 21  # of Linux's madvise(2): pages that can be read again are dropped, none is lost
 
 
@@ -20,6 +22,24 @@ def peak_rss_mb() -> float:
         assert peak is not None
         return int(peak.group(1)) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts bytes
+
+
+def rss_mb() -> float:
+    """Resident memory of this process, in MB (10^6 bytes)."""
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def available_mb() -> float:
+    """What this process may still take up, in MB: the machine's, and its cgroup's (version 2)."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        files = re.search(
+            r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE
+        )
+        free = min(free, limit - used + int(files.group(1) if files else 0))
+    return free / 1e6
 
 
 def peak_with_children_mb() -> float:
