@@ -78,7 +78,7 @@ def test_hydra_flags_pass_through() -> None:
     [
         (
             "model=phi-9",
-            "conf/model/phi-9.yaml does not exist: model=phi-9 is unknown; valid: phi-3",
+            "conf/model/phi-9.yaml does not exist: model=phi-9 is unknown; valid: gemma-3",
         ),
         ("target=tpu", "conf/target/tpu.yaml does not exist"),
         (
