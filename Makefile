@@ -8,7 +8,7 @@ UV := $(shell sed -n 's/^uv==/uv==/p' requirements.txt)
 # uv is told what pip is told of package indexes.
 TOLD := UV_FIND_LINKS="$$PIP_FIND_LINKS" UV_DEFAULT_INDEX="$$PIP_INDEX_URL" UV_INDEX="$$PIP_EXTRA_INDEX_URL"
 
-.PHONY: setup run test test-kills test-optimum test-spark test-databricks lint lint-deploy format bench bench-export bench-score clean
+.PHONY: setup run test test-kills test-optimum test-spark test-databricks lint lint-deploy format bench bench-export bench-score bench-serve clean
 
 setup: $(READY)  ## .venv alone
 
@@ -78,6 +78,9 @@ bench-export: $(READY)  ## seconds and memory of exports by size
 
 bench-score: run $(SPARK)/.ready  ## rows/s of score on one and two executors
 	"$(CURDIR)/$(SPARK)/bin/python" -m bench.score models:/smollm2-135m-instruct-cpu-int4-rtn-block-32-acc-level-4-chat@champion
+
+bench-serve: run  ## a server under load: 1 to 64 clients, and against predict
+	"$(BIN)/python" -m bench.serve
 
 clean:  ## remove the outcomes of steps, but for what a live run uses; MLflow's own store stays
 	@test -x "$(BIN)/python" || { echo "make clean needs $(VENV): make lint sets it up. Or remove the work folder yourself (README)." >&2; exit 1; }

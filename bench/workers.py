@@ -217,6 +217,32 @@ def clients(url: str) -> Figures:
         yield {"one_tokens_per_s": throughput(1, 4), "sixteen_tokens_per_s": throughput(16, 32)}
 
 
+def threads(uri: str) -> Figures:
+    """16 threads that call `predict` four times each: tokens/s, and CPU time in ms a token."""
+    import mlflow.pyfunc
+
+    from bench.serve import CONTEXT, question
+
+    settings = {"context_length": CONTEXT}
+    model = mlflow.pyfunc.load_model(uri, suppress_warnings=True, model_config=settings)
+
+    def ask(first: int) -> int:
+        tokens = 0
+        for number in range(first, first + 4):
+            body = question(number, "")
+            del body["model"]  # which is no input of a model
+            tokens += model.predict(body)["usage"]["completion_tokens"]
+        return tokens
+
+    yield {}
+    with ThreadPoolExecutor(16) as pool:
+        while True:
+            before = time.process_time()
+            seconds, tokens = timed(lambda: sum(pool.map(ask, range(0, 64, 4))))
+            cpu_s = time.process_time() - before
+            yield {"tokens_per_s": tokens / seconds, "cpu_ms": 1000 * cpu_s / tokens}
+
+
 def question(topic: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Write a very long story about {topic}."}]
 

@@ -1,5 +1,6 @@
 """The schema of conf/: the dataclasses that Hydra validates the YAML against, one per group."""
 
+import contextlib
 import enum
 import json
 import math
@@ -14,6 +15,7 @@ from platformdirs import user_cache_path
 
 from slm.errors import InputError
 from slm.target_name import joined, true_name, untrue
+from slm_pyfunc.dialects import DIALECTS
 from slm_pyfunc.parameters import Parameters, RequestError
 from slm_pyfunc.settings import Settings
 
@@ -69,6 +71,28 @@ class Quantizer(enum.Enum):
     def calibrates(self) -> bool:
         """Whether it reads a text."""
         return self in (Quantizer.mse, Quantizer.gptq)
+
+
+class Preflight(enum.Enum):
+    """What becomes of a run that needs more disk or memory than there is."""
+
+    stop = "stop"
+    warn = "warn"
+    off = "off"
+
+
+class Objective(enum.Enum):
+    """Which target `choose` takes of those that passed their gates and kept the budget.
+
+    `closest` is the one whose KL divergence from the checkpoint is least, `smallest` that of the
+    least size on disk, `fastest` that of the most decoded tokens a second, `cheapest` the first of
+    the ladder, after which nothing else is tried.
+    """
+
+    closest = "closest"
+    smallest = "smallest"
+    fastest = "fastest"
+    cheapest = "cheapest"
 
 
 class Graph(enum.Enum):
@@ -153,7 +177,8 @@ class Model:
     `sha256` maps names of files in the source to the digests they must have. Where given,
     `licence` must be what the source states, if it states one; `architecture` and `context_length`
     (tokens) what config.json says. `parameters` is how many weights there are, for
-    `plan` before the checkpoint is there. `gates` replace those of conf/evaluate by metric.
+    `plan` before the checkpoint is there. `tool_calls` is how the model writes calls of tools
+    (slm_pyfunc/tools.py). `gates` replace those of conf/evaluate by metric.
     """
 
     name: str = MISSING
@@ -161,6 +186,7 @@ class Model:
     adapter: str | None = None
     tracking_uri: str | None = None
     registry_uri: str | None = None
+    tool_calls: str = "none"
     licence: str | None = None
     architecture: str | None = None
     context_length: int | None = None
@@ -172,6 +198,9 @@ class Model:
         require_name("model.name", self.name)
         if self.source is None and self.adapter is None:
             raise InputError("model.source is null, and so is model.adapter: give one of them.")
+        if self.tool_calls not in DIALECTS:
+            valid = ", ".join(DIALECTS)
+            raise InputError(f"model.tool_calls is {self.tool_calls!r}; valid: {valid}.")
 
 
 @dataclass
@@ -452,6 +481,23 @@ class Register:
                 )
 
 
+def valid_settings(key: str, settings: Any) -> dict[str, Any]:
+    """Settings of serving by name, {} for null; InputError for what a load would refuse."""
+    if isinstance(settings, str):  # of an environment variable
+        with contextlib.suppress(ValueError):
+            settings = json.loads(settings)
+    if not isinstance(settings := settings or {}, dict):
+        raise InputError(f"{key} is {settings!r}; it must be {{name: value, …}}.")
+    try:
+        Settings(**settings)
+    except TypeError as error:
+        valid = ", ".join(f.name for f in fields(Settings))
+        raise InputError(f"{key} has {', '.join(settings)}; valid: {valid}.") from error
+    except ValueError as error:
+        raise InputError(f"{key}: {error}.") from error
+    return settings
+
+
 class Format(enum.Enum):
     """How a table is stored: files in one of Spark's formats, or a table of its catalog."""
 
@@ -492,11 +538,12 @@ class Score:
     executor_cores: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("parameters", "settings"):
-            if not isinstance(value := getattr(self, key) or {}, dict):
-                raise InputError(f"score.{key} is {value!r}; it must be {{name: value, …}}.")
+        if not isinstance(self.parameters or {}, dict):
+            raise InputError(
+                f"score.parameters is {self.parameters!r}; it must be {{name: value, …}}."
+            )
         self.parameters = {"seed": 0, **(self.parameters or {})}
-        self.settings = {"cache_mb": 256, **(self.settings or {})}
+        self.settings = {"cache_mb": 256, **valid_settings("score.settings", self.settings)}
         valid = [f.name for f in fields(Parameters) if f.name not in UNSCORED]
         valid = [*valid, "response_format"]
         for name in self.parameters:
@@ -509,19 +556,35 @@ class Score:
             Parameters.of(self.parameters)
         except RequestError as error:
             raise InputError(f"score.parameters: {error}.") from error
-        try:
-            Settings(**self.settings)
-        except TypeError as error:
-            valid = [f.name for f in fields(Settings)]
-            raise InputError(
-                f"score.settings has {', '.join(self.settings)}; valid: {', '.join(valid)}."
-            ) from error
-        except ValueError as error:
-            raise InputError(f"score.settings: {error}.") from error
         for key in ("rows_per_part", "executor_cores"):
             value = getattr(self, key)
             if isinstance(value, int) and value < 1:
                 raise InputError(f"score.{key} is {value}; it must be at least 1.")
+
+
+@dataclass
+class Serve:
+    """How `serve` answers over HTTP.
+
+    It listens at `host`, for this machine alone unless told otherwise. `settings` are those of
+    every ONNX model (Settings). A body may have `max_body_mb` (10^6 bytes), an answer may take
+    `timeout_s`, and those under way when the server stops have `shutdown_s` to end. With `follow`,
+    the registry is asked every `follow_every_s` what the aliases name.
+    """
+
+    host: str = MISSING
+    settings: Any = None
+    max_body_mb: float = MISSING
+    timeout_s: float = MISSING
+    shutdown_s: float = MISSING
+    follow_every_s: float = MISSING
+
+    def __post_init__(self) -> None:
+        self.settings = valid_settings("serve.settings", self.settings)
+        for key in ("max_body_mb", "timeout_s", "shutdown_s", "follow_every_s"):
+            value = getattr(self, key)
+            if isinstance(value, (int, float)) and not value > 0:
+                raise InputError(f"serve.{key} is {value}; it must be above 0.")
 
 
 @dataclass
@@ -543,6 +606,18 @@ class Clean:
             value = getattr(self, key)
             if isinstance(value, (int, float)) and not value >= 0:
                 raise InputError(f"clean.{key} is {value}; it must be at least 0.")
+
+
+@dataclass
+class Ladder:
+    """Targets for `choose`, by name, the cheapest to make first."""
+
+    targets: list[str] = MISSING
+
+    def __post_init__(self) -> None:
+        names = self.targets  # what the YAML lacks is the string "???"
+        if isinstance(names, list) and (not names or len(set(names)) < len(names)):
+            raise InputError(f"ladder.targets is {names}; it must hold targets, each once.")
 
 
 @dataclass
@@ -578,9 +653,12 @@ class Config:
     """Everything that a step may read. `source`, `candidate` and `reference` are URIs.
 
     `candidate` may be several, as a list: the interfaces of one ONNX model. `source` may be, for
-    log_pyfunc: the ONNX folders of several targets. `reason` says why to
-    roll back. `force` names the steps to do again, `summary` the file for how the command ended.
-    `score` reads a table at `input`, asks the model at `model_uri`, and writes `output`.
+    log_pyfunc: the ONNX folders of several targets. `reason` says why to roll back. `budget` and
+    `objective` are what `choose` goes by. `preflight` says what becomes of a run that does not fit
+    into this machine. `force` names the steps to do again, `summary` the file for how the command
+    ended. `score` reads a table at `input`, asks the model at `model_uri`, and writes `output`.
+    `serve` answers for one or several models at `model_uri` on `port` (0: any that is free), and
+    takes up what their aliases name next if it shall `follow`.
     """
 
     model: Model = field(default_factory=Model)
@@ -592,19 +670,28 @@ class Config:
     register: Register = field(default_factory=Register)
     clean: Clean = field(default_factory=Clean)
     score: Score = field(default_factory=Score)
+    serve: Serve = field(default_factory=Serve)
     signing: Signing = field(default_factory=Signing)
+    ladder: Ladder = field(default_factory=Ladder)
     paths: Paths = field(default_factory=Paths)
     source: Any = None
     candidate: Any = None
     reference: str | None = None
     reason: str | None = None
+    budget: str | None = None
+    objective: Objective = Objective.closest
+    preflight: Preflight = Preflight.stop
     force: Any = None
     summary: str | None = None
-    model_uri: str | None = None
+    model_uri: Any = None
     input: str | None = None
     output: str | None = None
+    port: int = 8000
+    follow: bool = False
 
     def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise InputError(f"port is {self.port}; it must be from 0 to 65535.")
         if isinstance(self.candidate, str):
             self.candidate = uris_of(self.candidate)
         if isinstance(self.source, str) and self.source.startswith("["):

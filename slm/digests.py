@@ -14,12 +14,8 @@ from typing import Any
 from slm.errors import InputError
 
 PROVENANCE = "provenance.json"
-ORIGIN = (
-    "source",
-    "revision",
-    "training",
-    "adapter",
-)  # where files came from, which makes them no other ones
+# Where files came from, which makes them no other ones.
+ORIGIN = ("source", "revision", "training", "adapter")
 LOCAL_FOLDER = "a local folder"  # as a source: the same files elsewhere are the same
 
 
@@ -76,7 +72,8 @@ class Provenance:
     def json(self) -> dict[str, Any]:
         """What provenance.json and a logged model's metadata hold: everything that is not empty."""
         own = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        own["checkpoint"] = self.checkpoint.json() if self.checkpoint else None
+        for part in ("checkpoint", "adapter"):
+            own[part] = own[part].json() if own[part] else None
         own["parts"] = {name: part.json() for name, part in self.parts.items()}
         return {name: value for name, value in own.items() if value or name == "files"}
 

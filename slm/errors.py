@@ -117,6 +117,14 @@ def is_away(text: str) -> bool:
     return any(words in text for words in AWAY)
 
 
+def told_of(error: BaseException) -> tuple[str, int]:
+    """What is said of an error in one line, and the exit code of a command that ends with it."""
+    known = as_user_error(error)
+    if known is None:
+        return f"{type(error).__name__}: {one_line(error)}", UserError.exit_code
+    return one_line(known), known.exit_code
+
+
 def words_for(error: BaseException) -> str | None:
     """The error in one line with its cure; None for an error that nobody expected."""
     found = as_user_error(error)

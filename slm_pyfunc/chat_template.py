@@ -9,6 +9,7 @@ there, `.replace()` and filters raise, and it knows no trim_blocks.
 import contextlib
 import datetime
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,17 @@ class ChatTemplate:
         self.special = frozenset(token["content"] for token in added if token.get("special"))
         self.control_tokens = control_tokens(added, source, self.written())
 
-    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The prompt, up to the assistant's turn; RequestError if the template refuses it."""
         try:
             return self.template.render(
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.variables,
@@ -74,15 +80,17 @@ class ChatTemplate:
                 f"messages: the model's chat template refuses them: {reason}"
             ) from error
 
-    def pieces(self, messages: list[dict[str, Any]]) -> list[str]:
+    def pieces(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[str]:
         """The prompt in pieces, to be encoded one by one.
 
-        One piece, the prompt, unless a message's content holds a control token: then the prompt is
+        One piece, the prompt, unless a message or a tool holds a control token: then the prompt is
         cut inside each of these, so that it is read as text and cannot forge a turn. A token that
         the template itself reads in an answer stays whole there, such as Qwen3's `</think>`.
         """
-        prompt = self.render(messages)
-        contents = "".join(message["content"] for message in messages)
+        prompt = self.render(messages, tools)
+        contents = "\n".join(strings([messages, tools]))
         present = [token for token in self.control_tokens if token in contents]
         if not present:
             return [prompt]
@@ -97,7 +105,8 @@ class ChatTemplate:
                 [
                     broken(message, assistant if message["role"] == "assistant" else user, mark)
                     for message in messages
-                ]
+                ],
+                broken(tools, user, mark),
             )
 
         in_answers = [
@@ -197,12 +206,28 @@ def control_tokens(added: list[dict[str, Any]], source: str, written: str) -> li
     return sorted((t for t in found if is_control(t, t in special)), key=len, reverse=True)
 
 
-def broken(message: dict[str, Any], tokens: list[str], mark: str) -> dict[str, Any]:
-    """The message with `mark` inside each of the tokens that its content holds."""
-    content = message["content"]
-    for token in tokens:
-        content = content.replace(token, token[:1] + mark + token[1:])
-    return {**message, "content": content}
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a structure of JSON's types, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for pair in value.items():
+            yield from strings(list(pair))
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+def broken(value: Any, tokens: list[str], mark: str) -> Any:
+    """The structure with `mark` inside each of the tokens that its texts hold."""
+    if isinstance(value, dict):
+        return {broken(k, tokens, mark): broken(v, tokens, mark) for k, v in value.items()}
+    if isinstance(value, list):
+        return [broken(item, tokens, mark) for item in value]
+    if isinstance(value, str):
+        for token in tokens:
+            value = value.replace(token, token[:1] + mark + token[1:])
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:

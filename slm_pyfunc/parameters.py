@@ -15,7 +15,18 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 
 
 class RequestError(ValueError):
-    """A request asks for what cannot be: the message names the field and its limit, in one line."""
+    """A request asks for what cannot be: the message names the field and its limit, in one line.
+
+    `code` is OpenAI's word for it, where it has one.
+    """
+
+    code: str | None = None
+
+
+class TooLong(RequestError):
+    """Prompt and answer are longer than the context."""
+
+    code = "context_length_exceeded"
 
 
 NUMBER = (int, float)
@@ -45,7 +56,9 @@ class Parameters:
 
     The one list of what a request may hold: signatures, defaults at load and checks follow from it.
 
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `stop` ends the answer before any of
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `frequency_penalty` and
+    `presence_penalty` make less likely what the answer has already, `logit_bias` adds to the logits
+    of tokens, as (id, bias). `stop` ends the answer before any of
     its strings. `n` answers are sampled per prompt. `seed` makes them repeatable. `schema` is the
     JSON schema of `response_format`, as text. `top_logprobs` counts the alternatives listed beside
     each token's log-probability.
@@ -61,9 +74,15 @@ class Parameters:
     top_k: int = limited(
         0, int, lambda v: v >= 0, "an integer of at least 0, 0 for no limit", at_load=True
     )
+    min_p: float = limited(
+        0.0, NUMBER, lambda v: 0 <= v < 1, "a number of at least 0 and below 1", at_load=True
+    )
     repetition_penalty: float = limited(
         1.0, NUMBER, lambda v: 0 < v <= 100, "a number above 0 and at most 100", at_load=True
     )
+    frequency_penalty: float = limited(0.0, NUMBER, lambda v: -2 <= v <= 2, "a number from -2 to 2")
+    presence_penalty: float = limited(0.0, NUMBER, lambda v: -2 <= v <= 2, "a number from -2 to 2")
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = limited(
         None, int, lambda v: 0 <= v < 2**63, "an integer from 0 to 2^63 - 1", at_load=True
     )
@@ -102,6 +121,8 @@ class Parameters:
                 values["schema"] = json_schema(value)
             elif name == "stop":
                 values["stop"] = stop_strings(value)
+            elif name == "logit_bias":
+                values["logit_bias"] = logit_bias(value)
             elif name == "logprobs" and not isinstance(value, bool):
                 raise RequestError(f"logprobs is {value!r}; it must be true or false")
             elif name in values:
@@ -115,7 +136,7 @@ AT_LOAD = tuple(p.name for p in fields(Parameters) if p.metadata.get("at_load"))
 
 def is_absent(value: Any) -> bool:
     """Whether a field is as if it were not there: null, a data frame's NaN, an empty list."""
-    empty = isinstance(value, list) and not value
+    empty = isinstance(value, (list, dict)) and not value
     return value is None or empty or isinstance(value, float) and math.isnan(value)
 
 
@@ -130,6 +151,23 @@ def stop_strings(stop: Any) -> tuple[str, ...]:
         if not require_text("stop", string):
             raise RequestError(f"stop holds {string!r}; it must hold strings that are not empty")
     return tuple(strings)
+
+
+def logit_bias(bias: Any) -> tuple[tuple[int, float], ...]:
+    """`logit_bias` as (token id, bias): OpenAI's map of ids, as text, to numbers."""
+    wrong = RequestError(
+        f"logit_bias is {bias!r}; it must map token ids to numbers from -100 to 100"
+    )
+    if not isinstance(bias, dict):
+        raise wrong
+    pairs = []
+    for token, value in bias.items():
+        if not str(token).isdecimal() or isinstance(value, bool) or not isinstance(value, NUMBER):
+            raise wrong
+        if not -100 <= value <= 100:
+            raise wrong
+        pairs.append((int(token), float(value)))
+    return tuple(pairs)
 
 
 def require_text(name: str, text: Any) -> str:

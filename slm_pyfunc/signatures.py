@@ -13,8 +13,8 @@ from .parameters import Parameters
 
 QUESTION = "What is the capital of France?"
 TYPES = {"int": DataType.long, "int | None": DataType.long, "float": DataType.double}
-# The prompt interface returns strings, which have no room for these.
-CHAT_ONLY = {"logprobs", "top_logprobs"}
+# The prompt interface returns strings, and its params have one type each: no room for these.
+CHAT_ONLY = {"logprobs", "top_logprobs", "logit_bias"}
 RESPONSE_FORMAT = Object(
     [Property("type", DataType.string), Property("json_schema", AnyType(), required=False)]
 )
@@ -40,7 +40,7 @@ def chat_signature() -> tuple[ModelSignature, Any]:
     """The fields of the transformers flavor's `llm/v1/chat`, and ours besides; with an example."""
     names = [column.name for column in CHAT_MODEL_INPUT_SCHEMA if column.name != "messages"]
     ours = [p.name for p in fields(Parameters) if p.name != "schema"]
-    ours += ["max_completion_tokens", "response_format", "tool_choice", "logit_bias"]
+    ours += ["max_completion_tokens", "response_format", "tool_choice", "parallel_tool_calls"]
     names += [name for name in ours if name not in names]
     # Columns of any type: MLflow would refuse 2 for 2.0, and `stop` is a string or a list. The
     # model itself says what is wrong, in fewer words.

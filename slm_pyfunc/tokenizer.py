@@ -51,6 +51,13 @@ class Tokenizer:
             raise RequestError(f"prompt has the token {token!r}, which the model has no row for")
         return tokens
 
+    def require_tokens(self, name: str, tokens: list[int]) -> list[int]:
+        """The tokens, if the model has a row for each; RequestError otherwise."""
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < self.rows:
+                raise RequestError(f"{name} has the token {token!r}; ids are below {self.rows}")
+        return tokens
+
     def encode_alone(self, text: str) -> list[int]:
         """The token ids of a text and nothing before it, as a chat template's output is encoded."""
         tokens = self.encode(text)
@@ -68,9 +75,18 @@ class Tokenizer:
         """The prompt that the checkpoint's chat template makes, up to the assistant's turn."""
         return self.template.render(messages)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """The token ids of that prompt; control tokens in a message's content are read as text."""
-        pieces = self.template.pieces(messages)
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        begins: str = "",
+    ) -> list[int]:
+        """The token ids of that prompt; control tokens in messages and tools are read as text.
+
+        The assistant's turn begins with `begins`.
+        """
+        *pieces, last = self.template.pieces(messages, tools)
+        pieces.append(last + begins)
         return [token for piece in pieces for token in self.encode_alone(piece)]
 
     def stream(self, stop: tuple[str, ...] = ()) -> "TextStream":

@@ -67,6 +67,7 @@ class Packaging:
     settings: LogPyfunc
     requirements: list[str]
     signing: Signing
+    tool_calls: str = "none"
 
 
 def log_pyfunc(onnx: Path, provenance: Provenance, packaging: Packaging, work: str) -> LoggedModels:
@@ -98,6 +99,7 @@ def log_interface(
     target = provenance.target if parts else packaging.target.name
     settings = {
         "model_name": packaging.model,  # `model` is a parameter of the run
+        "tool_calls": packaging.tool_calls,
         "execution_provider": None if parts else provider,
         **({"targets": parts} if parts else {}),
         **{field.name: getattr(packaging.settings, field.name) for field in fields(Settings)},
@@ -231,6 +233,7 @@ def main(config: Config) -> LoggedModels:
         config.log_pyfunc,
         runtime_requirements(config.target) + verifier_requirements(config.signing),
         config.signing,
+        config.model.tool_calls,
     )
 
     def make(folder: Path) -> LoggedModels:

@@ -2,180 +2,29 @@
 
 mlflow run . --env-manager local
 python -m steps.main model=phi-3-mini-4k-instruct target=cuda-int4-rtn-block-32
+python -m steps.main --multirun target=cpu-int4-rtn-block-32,cpu-int4-rtn-block-32-acc-level-4
+
+Several targets are child runs of one run, which shows them side by side.
 """
 
 import json
-import logging
-import shlex
-import sys
-import tempfile
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import mlflow
 from hydra.core.hydra_config import HydraConfig
-from mlflow.exceptions import ExecutionException
-from mlflow.utils.databricks_utils import get_databricks_host_creds
-from omegaconf import OmegaConf
 
-from slm.config import ROOT, Config
-from slm.errors import InfrastructureError, StepError, ToldError, UserError, is_away
-from slm.evaluation.summary import show
-from slm.records import from_json
-from slm.redaction import redacted
+from slm.children import Chain, overrides_for_children
+from slm.config import Config
+from slm.evaluation import comparison
+from slm.evaluation.summary import next_lines, show
 from slm.registry.kinds import require_registry
-from slm.running.chain import Link, is_of_target, kept, of_first_target, of_target, pipeline
+from slm.running.chain import of_first_target
 from slm.running.command import entry_point
-from slm.running.killed import was_killed
-from slm.running.run import Ask
-from slm.running.summary import note_step
-from slm.running.tracking import mlflow_run, store_variables
-from slm.running.work import RESULT, NotKept, enum_value, work_folder
+from slm.running.summary import CURRENT, note
+from slm.running.tracking import mlflow_run
+from slm.running.work import enum_value, work_folder
 from slm.seal import require_key_to_sign
-
-log = logging.getLogger("slm.main")
-
-
-@dataclass(frozen=True)
-class Child:
-    """A step that ran as a child run: its outcome, how long it took, and whether it was reused."""
-
-    outcome: Any
-    duration_s: float
-    reused: bool
-
-
-class Chain:
-    """Runs entry points of MLproject one after the other, each as a child run."""
-
-    def __init__(self, config: Config, model: str, target: str, overrides: list[str]) -> None:
-        self.config, self.overrides, self.links = config, overrides, pipeline(config)
-        self.parameters = {"model": model, "target": target, "overrides": json.dumps(overrides)}
-        self.children: dict[str, Child] = {}
-
-    @property
-    def nothing_changed(self) -> bool:
-        return all(child.reused for child in self.children.values())
-
-    def run(self, link: Link) -> None:
-        """Run a step, or reuse its outcome; ToldError with the step's own error if it fails.
-
-        InfrastructureError if it was killed, StepError if it fails without a word otherwise.
-        """
-        log.info("main: step %d of %d: %s", len(self.children) + 1, len(self.links), link.name)
-        start = time.monotonic()
-        inputs = link.inputs({name: child.outcome for name, child in self.children.items()})
-        try:
-            own = of_target(self.config, link.target)
-            result = kept(link.step, own, inputs, Ask.reuse)
-        except (NotKept, UserError):
-            self.children[link.name] = self.child(link, inputs)
-        else:
-            log.info("main: %s is reused: %s", link.name, result.uri)
-            self.children[link.name] = Child(result, time.monotonic() - start, reused=True)
-
-    def child(self, link: Link, inputs: dict[str, Any]) -> Child:
-        """Run a step in a process of its own, and read what it left in its MLflow run."""
-        told = {k: v if isinstance(v, str) else json.dumps(v) for k, v in inputs.items()}
-        own = {}
-        if link.target:
-            overrides = [o for o in self.overrides if not is_of_target(o)]
-            own = {"target": link.target, "overrides": json.dumps(overrides)}
-        run = mlflow.get_run(self.started(link.step, {**self.parameters, **own, **told}))
-        record = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/{RESULT}")["outcome"]
-        result = from_json(link.outcome, record)
-        seconds, why = run.data.metrics["duration_s"], run.data.tags.get("why", "")
-        note_step(link.name, result, seconds, why, run.info.run_id)
-        return Child(result, seconds, reused=not why)
-
-    def started(self, step: str, parameters: dict[str, str]) -> str:
-        """Run an entry point to its end; once more if the tracking server went away under it."""
-        try:
-            return self.start(step, parameters)
-        except StepError as error:
-            if not is_away(str(error)):
-                raise
-            log.info("main: %s runs again: the tracking server went away", step)
-            return self.start(step, parameters)
-
-    def start(self, step: str, parameters: dict[str, str]) -> str:
-        """Run an entry point to its end; return the id of its run."""
-        parent = mlflow.active_run()
-        assert parent is not None
-        try:
-            with tempfile.TemporaryDirectory() as scratch:  # MLflow makes a folder, and leaves it
-                return mlflow.run(
-                    str(ROOT),
-                    entry_point=step,
-                    parameters=parameters,
-                    experiment_id=parent.info.experiment_id,
-                    run_name=step,
-                    env_manager="local",
-                    storage_dir=scratch,
-                ).run_id
-        except ExecutionException as error:
-            children = mlflow.MlflowClient().search_runs(
-                [parent.info.experiment_id],
-                filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'",
-                order_by=["attributes.start_time DESC"],
-                max_results=1,
-            )
-            tags = children[0].data.tags if children else {}
-            if reason := tags.get("error"):
-                code = int(tags.get("exit_code", StepError.exit_code))
-                raise ToldError(f"{step} failed: {reason}", code) from error
-            if children and was_killed(children[0], work_folder(self.config.paths.work)):
-                raise InfrastructureError(
-                    f"{step} ended without a word: it was killed, most likely for lack of memory "
-                    "(`-e plan` says what it takes), or its tracking server went away. Run it "
-                    "again."
-                ) from error
-            raise StepError(f"{step} failed: {error}") from error
-
-
-def overrides_for_children() -> list[str]:
-    """The overrides of this command, without model and target, which children get by name.
-
-    As they were given: `${oc.env:SOURCE}` is looked up by each child, and stands so in its
-    parameters. Children are not told of the summary: this command writes it.
-    """
-    hydra = HydraConfig.get()
-    search_path = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
-    own_conf = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    search_path += [f"hydra.searchpath=[file://{path}]" for path in own_conf]
-    not_theirs = ("model=", "target=", "summary=")
-    given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
-    own = [o for o in given if not o.startswith(not_theirs)]
-    return [*search_path, *own]
-
-
-def next_lines(work: str, report: str, registered: str) -> dict[str, str]:
-    """Where things lie, and what to do next: commands that work in any terminal and folder."""
-    stores = store_variables()
-    tracking, registry = (shlex.quote(redacted(uri)) for uri in stores.values())
-    scripts = Path(sys.executable).parent
-    mlflow_command = shlex.quote(str(scripts / "mlflow"))
-    look = f"{mlflow_command} ui --backend-store-uri {tracking}"
-    serve = f"{mlflow_command} models serve -m {registered} --env-manager local -p 5001"
-    if registry != tracking:
-        look += f" --registry-store-uri {registry}"
-        serve = f"MLFLOW_REGISTRY_URI={registry} {serve}"
-    # The scoring server starts uvicorn by name.
-    serve = f"PATH={shlex.quote(str(scripts))}:$PATH MLFLOW_TRACKING_URI={tracking} {serve}"
-    if any(uri.startswith("file:") for uri in stores.values()):  # MLflow 3.17 wants to be told so
-        look, serve = (f"MLFLOW_ALLOW_FILE_STORE=true {line}" for line in (look, serve))
-    if tracking.startswith("http"):
-        look = tracking
-    elif tracking.startswith("databricks"):
-        look = f"{get_databricks_host_creds(tracking).host}/ml/experiments"
-    return {
-        "Work": str(work_folder(work)),
-        "Report": report,
-        "Look": look,
-        "Serve": serve,
-    }
 
 
 def main(config: Config) -> None:
@@ -185,7 +34,8 @@ def main(config: Config) -> None:
     config = of_first_target(config)
     target = choices["target"] if config is asked else config.target.name
     chain = Chain(config, choices["model"], target, overrides_for_children())
-    with mlflow_run("main", work_folder(config.paths.work)):
+    with mlflow_run("main", work_folder(config.paths.work), config.target_name) as run:
+        note(run_id=run.info.run_id)
         mlflow.log_params({"model.name": config.model.name, "target.name": config.target_name})
         for link in chain.links:
             chain.run(link)
@@ -221,5 +71,15 @@ def summary_of(chain: Chain) -> str:
     return json.dumps(outcomes, indent=2, default=enum_value)
 
 
+def together(config: Config) -> None:
+    """Show the jobs of a --multirun side by side, and log that on their parent run."""
+    told = CURRENT.get()
+    assert told is not None
+    rows = [comparison.row_of(job) for job in told.jobs]
+    failed = f", {len([row for row in rows if row.error])} failed" if told.exit_code else ""
+    found = comparison.Comparison(f"{len(rows)} packaged side by side{failed}", rows)
+    comparison.publish(found, work_folder(config.paths.work) / "main")
+
+
 if __name__ == "__main__":
-    entry_point(main)
+    entry_point(main, together)

@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib
+import logging
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -34,7 +36,8 @@ from slm.records import (
     Registration,
     from_json,
 )
-from slm.running.command import heed_another_source, split_overrides
+from slm.running.command import entry_point, heed_another_source, split_overrides
+from slm.running.summary import CURRENT
 from slm.seal import verifier_requirements
 from tests.checkpoints import write_as_phi3, write_tiny, write_tokenizer
 
@@ -317,6 +320,25 @@ def composed(*overrides: str) -> Config:
     return config
 
 
+def ended(
+    step: Callable[[Config], object],
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: str,
+    name: str = "fetch",
+    together: Callable[[Config], object] | None = None,
+) -> int:
+    """The exit code of a step as a command, in this process."""
+    monkeypatch.setattr(sys, "argv", [f"/steps/{name}.py", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    logger = logging.getLogger("slm")
+    for name in ("handlers", "level", "propagate"):  # as they are, once the test has ended
+        monkeypatch.setattr(logger, name, getattr(logger, name))
+    with pytest.raises(SystemExit) as raised:
+        entry_point(step, together)
+    CURRENT.set(None)
+    return int(raised.value.code or 0)
+
+
 def create_experiment(folder: Path) -> None:
     """An experiment whose artifacts stay in the test's folder."""
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
@@ -405,17 +427,22 @@ def registry(generations: Generations, tmp_path: Path) -> Generations:
 
 
 def log_onnx(
-    onnx: Path, max_tokens: int, *interfaces: Interface, signing: Signing | None = None
+    onnx: Path,
+    max_tokens: int,
+    *interfaces: Interface,
+    signing: Signing | None = None,
+    tool_calls: str = "none",
 ) -> list[LoggedModel]:
     """Log an ONNX folder under a setting, which makes it another content."""
     from steps.log_pyfunc import Packaging, log_interface, runtime_requirements
 
-    config = composed(f"log_pyfunc.max_tokens={max_tokens}")
+    config = composed(f"log_pyfunc.max_tokens={max_tokens}", f"model.tool_calls={tool_calls}")
     signing = signing or config.signing
     requirements = runtime_requirements(config.target)
     requirements += verifier_requirements(signing)
     packaging = Packaging(
-        config.model.name, config.target, config.log_pyfunc, requirements, signing
+        *(config.model.name, config.target, config.log_pyfunc, requirements, signing),
+        tool_calls=config.model.tool_calls,
     )
     return [log_interface(i, onnx, read_provenance(onnx), packaging) for i in interfaces]
 

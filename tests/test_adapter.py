@@ -46,7 +46,7 @@ def write_adapter(folder: Path, base: Path, **settings: Any) -> Path:
     for name, weight in adapted.named_parameters():
         if "modules_to_save" in name:
             torch.nn.init.normal_(weight)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     return folder
 
 
@@ -222,8 +222,8 @@ def test_an_adapter_of_another_model_of_the_hub_is_refused(lettered: Path, tmp_p
     for named in ("acme/tiny", "other/tiny-bnb-4bit", "/home/me/tiny"):
         require_base({"base_model_name_or_path": named}, f"hf://acme/tiny@{'a' * 40}", "it")
     with pytest.raises(InputError, match=r"an adapter of acme/tiny-chat; model\.source is acme/ti"):
-        named = {"base_model_name_or_path": "acme/tiny-chat"}
-        require_base(named, f"hf://acme/tiny@{'a' * 40}", "it")
+        another = {"base_model_name_or_path": "acme/tiny-chat"}
+        require_base(another, f"hf://acme/tiny@{'a' * 40}", "it")
 
 
 def test_embeddings_that_training_resized_make_a_larger_vocabulary(
@@ -238,7 +238,7 @@ def test_embeddings_that_training_resized_make_a_larger_vocabulary(
     model.resize_token_embeddings(len(tokenizer))
     settings = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     adapted = get_peft_model(model, settings)
-    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
     tokenizer.save_pretrained(tmp_path / "adapter")
     found = merged(tmp_path, tmp_path / "adapter", lettered)
     config = json.loads((Path(found.uri) / "config.json").read_text())

@@ -109,6 +109,13 @@ def test_a_source_of_ones_own_is_refused_without_a_name() -> None:
         composed("model.source=/data/mine")
 
 
+def test_an_adapter_is_refused_without_a_name_for_what_it_makes() -> None:
+    with pytest.raises(InputError, match=r"model\.adapter is overridden, and model\.name is not"):
+        composed("model.adapter=/data/lora")
+    tuned = composed("model.adapter=/data/lora", "model.name=tuned").model
+    assert (tuned.source, tuned.licence) == (composed().model.source, "apache-2.0")
+
+
 def test_a_source_of_ones_own_inherits_nothing_that_was_said_of_another() -> None:
     own = composed("model.source=/data/mine", "model.name=mine", "model.context_length=99").model
     assert (own.licence, own.architecture, own.context_length) == (None, None, 99)
@@ -147,10 +154,8 @@ def test_a_name_that_mlflow_refuses_is_refused_at_once(project: Project) -> None
 
 def test_an_undeclared_parameter_is_refused_with_the_valid_ones(project: Project) -> None:
     process = project.mlflow_run("fetch", "colour=red")
-    assert (
-        "fetch has no parameter 'colour'; valid: model, target, force, summary, overrides"
-        in process.stderr
-    )
+    valid = "model, target, force, summary, preflight, overrides"
+    assert f"fetch has no parameter 'colour'; valid: {valid}" in process.stderr
 
 
 def test_help_and_cfg_are_hydras(project: Project) -> None:

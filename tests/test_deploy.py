@@ -1,18 +1,16 @@
 """The files of deploy/ and the workflow: what they name exists, and they agree with each other."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
-from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 import yaml
-from mlflow.pyfunc import scoring_server
 
-from deploy.serve_model import PORT, serve_model
 from slm.config import ROOT
+from slm.serving.service import Service, application
 from tests.conftest import composed
 
 DEPLOY = ROOT / "deploy"
@@ -80,12 +78,11 @@ def test_images_are_targets_of_the_dockerfile_and_of_one_version() -> None:
 
 def test_all_agree_on_the_port_the_paths_and_the_user() -> None:
     ports = {SERVES["ports"][0]["containerPort"], *(route["port"] for route in ROUTES.values())}
-    assert ports == {PORT} == {int(re.findall(r"^EXPOSE (\d+)$", DOCKERFILE, re.MULTILINE)[0])}
+    assert ports == {int(re.findall(r"^EXPOSE (\d+)$", DOCKERFILE, re.MULTILINE)[0])}
     probes = [SERVES[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
     named = {place["path"] for place in [*probes, *ROUTES.values()]}
-    assert named <= {
-        getattr(route, "path", "") for route in scoring_server.init(MagicMock()).routes
-    }
+    routes = application(Service(composed().serve)).app.routes
+    assert named <= {getattr(route, "path", "") for route in routes}
     user, group = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)[0]
     for pod in (CRON_POD, SERVING_POD):
         context = pod["securityContext"]
@@ -105,7 +102,7 @@ def test_serving_takes_its_pins_from_the_requirements_and_no_torch() -> None:
     pins = dict(line.split("==") for line in selected("packaging"))
     serving = dict(line.split("==") for line in selected("serving"))
     assert serving.pop("mlflow-skinny") == pins["mlflow"]
-    assert serving.keys() == {"jinja2", "numpy", "pandas", "onnxruntime-genai"}
+    assert serving.keys() >= {"jinja2", "numpy", "pandas", "onnxruntime-genai", "hydra-core"}
     assert serving.items() <= pins.items() and "torch" in pins and "pytest" not in pins
 
 
@@ -121,16 +118,21 @@ def test_the_build_context_holds_what_the_steps_need_and_nothing_else() -> None:
     assert not {".git", ".venv", "tests", "mlruns", "work"} & kept
 
 
-def test_the_server_takes_the_place_of_process_1(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_serving_container_runs_serve_as_its_environment_says(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls: list[tuple[str, list[str], dict[str, str]]] = []
-    monkeypatch.setattr(os, "execvpe", lambda *call: calls.append(call))
-    serve_model(str(tmp_path), workers=1)
-    [(program, arguments, environment)] = calls
-    assert program == arguments[0] == "uvicorn"
-    assert shlex.join(arguments).startswith(f"uvicorn --host 0.0.0.0 --port {PORT} --workers 1 ")
-    assert tmp_path.as_uri() in environment.values()
+    [line] = re.findall(r'^ENTRYPOINT (\["python".*\])$', DOCKERFILE, re.MULTILINE)
+    python, m, module, *overrides = json.loads(line)
+    assert (python, m, module) == ("python", "-m", "steps.serve")
+    variables = AZURE["environment_variables"] | {e["name"]: e["value"] for e in SERVES["env"]}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = composed(*overrides, *SERVES["args"])
+    assert config.model_uri == variables["MODEL_URI"] and config.follow
+    assert config.serve.host == "0.0.0.0" and config.serve.settings["max_batch_size"] == 16
+    assert config.port == SERVES["ports"][0]["containerPort"]
+    pod, stops = SERVING_POD["terminationGracePeriodSeconds"], SERVES["lifecycle"]["preStop"]
+    assert stops["sleep"]["seconds"] + config.serve.shutdown_s < pod
 
 
 def test_ci_lints_every_file_of_deploy() -> None:

@@ -20,7 +20,9 @@ GROUPS = (
     "register",
     "signing",
     "score",
+    "serve",
     "clean",
+    "ladder",
     "paths",
 )
 # Keys of a dict may be anything.
@@ -35,6 +37,7 @@ NO_KEYS = (
     ".predict",
     ".predict_stream",
     ".sig",
+    ".png",
     ".pem",
     ".pub",
 )

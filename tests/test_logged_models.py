@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import mlflow
@@ -17,6 +18,8 @@ from slm.digests import write_provenance
 from slm.environments import environment_of
 from slm.errors import InputError, StepError
 from slm.running.command import parameters_of
+from slm.serving.errors import ApiError
+from slm.serving.models import OneByOne
 from steps import log_pyfunc
 from steps.log_pyfunc import prove_environment, runtime_requirements
 from tests.conftest import MODEL, TARGET, Packaged, Project, composed, log_onnx, tracking
@@ -59,7 +62,7 @@ def test_the_prompt_model_has_the_promised_signature(prompt: Any) -> None:
     assert str(signature.outputs) == "[string (required)]"
     assert {parameter.name for parameter in signature.params} == {
         *("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed"),
-        *("stop", "n", "response_format"),
+        *("stop", "n", "response_format", "min_p", "frequency_penalty", "presence_penalty"),
     }
 
 
@@ -198,7 +201,7 @@ def test_no_setting_of_a_logged_model_bears_the_name_of_a_parameter_of_the_run(
 ) -> None:
     """MLflow logs both as parameters, and none of the settings if one has another value."""
     settings = mlflow.models.Model.load(chat_folder).flavors["python_function"]["config"]
-    assert settings["model_name"] == MODEL
+    assert settings["model_name"] == MODEL and settings["tool_calls"] == "none"
     assert not settings.keys() & set(parameters_of("log_pyfunc"))
 
 
@@ -360,8 +363,10 @@ def test_log_probabilities_are_those_of_the_tokens(chat: Any) -> None:
         ({"stop": 5}, "stop is 5; it must be a string"),
         ({"top_logprobs": 2}, "top_logprobs is 2; it needs logprobs: true"),
         ({"stream": True}, "stream is True; this model does not serve it; use predict_stream"),
-        ({"presence_penalty": 0.5}, "presence_penalty is 0.5; this model does not serve it"),
-        ({"tools": [{"type": "function"}]}, "this model does not serve it"),
+        ({"presence_penalty": 3}, "presence_penalty is 3; it must be a number from -2 to 2"),
+        ({"logit_bias": {"a": 1}}, "logit_bias is {'a': 1}; it must map token ids to numbers"),
+        ({"logit_bias": {"50000": 1}}, "logit_bias has the token 50000; ids are below 49152"),
+        ({"tools": [{"type": "function"}]}, "this model calls none: tool_calls is none"),
         ({"max_completion_tokens": 0}, "max_tokens is 0"),
         ({"max_tokens": 2.5}, "max_tokens is 2.5; it must be an integer of at least 1"),
         ({"seed": "x"}, "seed is 'x'; it must be an integer from 0"),
@@ -413,3 +418,16 @@ def test_the_checkpoint_answers_with_openais_schema_and_its_own_name(transformer
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["usage"]["completion_tokens"] <= 8
     assert transformers.metadata.metadata["task"] == "llm/v1/chat"
+
+
+def test_the_checkpoints_model_answers_a_server_in_one_piece(transformers: Any) -> None:
+    model, events = OneByOne(transformers), SimpleQueue[Any]()
+    asked: dict[str, Any] = {"model": "small", "messages": USER, "max_completion_tokens": 4}
+    answer = model.begin({**asked, "stream": True, "n": 1}, events, True)  # type: ignore[arg-type]
+    [chunk] = answer.take(*events.get(timeout=60))
+    assert chunk["object"] == "chat.completion.chunk" and chunk["model"] == "small"
+    assert chunk["choices"][0]["delta"]["content"] and answer.is_whole
+    assert answer.whole()["usage"] == answer.usage() and answer.usage()["completion_tokens"] <= 4
+    for unheeded in ({"seed": 0}, {"temperature": 0}, {"stop": "a"}, {"n": 2}):
+        with pytest.raises(ApiError, match=next(iter(unheeded))):
+            model.begin({**asked, **unheeded}, events, False)  # type: ignore[arg-type]

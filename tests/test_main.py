@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from slm.children import Chain
 from slm.config import ROOT
 from slm.digests import write_provenance
 from slm.errors import InputError, ToldError
+from slm.evaluation.summary import next_lines
 from slm.running.command import split_overrides
-from steps.main import Chain, next_lines
 from tests.conftest import MODEL, TARGET, TINY, Packaged, Project, composed, tracking
 
 # They read what others of them change: the registry and the report that `main` left.
@@ -117,7 +118,7 @@ def test_the_printed_lines_name_every_store_and_allow_one_of_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stores = {"MLFLOW_TRACKING_URI": "file:///my%20runs", "MLFLOW_REGISTRY_URI": "sqlite:////r.db"}
-    monkeypatch.setattr("steps.main.store_variables", lambda: stores)
+    monkeypatch.setattr("slm.evaluation.summary.store_variables", lambda: stores)
     lines = next_lines("/work", "/report.html", "models:/m@champion")
     for name in ("Look", "Serve"):
         assert lines[name].startswith("MLFLOW_ALLOW_FILE_STORE=true ")

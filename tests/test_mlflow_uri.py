@@ -22,7 +22,7 @@ from tests.servers import Server
 class Trained(Project):
     """A store in which a training run logged a checkpoint in several ways."""
 
-    run: str = ""
+    run_id: str = ""
     model: str = ""  # the URI of the logged model of the transformers flavor
     adapter: str = ""  # the same with a LoRA adapter
 
@@ -68,14 +68,14 @@ def test_one_logged_model_is_the_same_content_by_each_of_its_uris(
     trained: Trained, source: str
 ) -> None:
     by_alias = trained.fetch("models:/trained@best")
-    fetched = trained.fetch(source.format(model=trained.model, run=trained.run))
+    fetched = trained.fetch(source.format(model=trained.model, run=trained.run_id))
     assert (fetched.revision, fetched.files) == (by_alias.revision, by_alias.files)
 
 
 def test_a_folder_of_a_run_is_the_revision_of_the_same_local_folder(
     trained: Trained, lettered: Path
 ) -> None:
-    fetched = trained.fetch(f"runs:/{trained.run}/checkpoint")
+    fetched = trained.fetch(f"runs:/{trained.run_id}/checkpoint")
     local = resolve(str(lettered), Model(name="m", source=str(lettered)))
     assert fetched.revision == local.revision
 
@@ -112,9 +112,16 @@ def test_one_byte_makes_another_source(trained: Trained, tmp_path: Path) -> None
 def test_what_is_not_a_checkpoint_in_mlflow_is_one_clear_line(
     trained: Trained, source: str, words: str
 ) -> None:
-    uri = source.format(run=trained.run, adapter=trained.adapter)
+    uri = source.format(run=trained.run_id, adapter=trained.adapter)
     with pytest.raises(InputError, match=words):
         resolve(uri, Model(name="m", source=uri, tracking_uri=trained.tracking_uri))
+
+
+def test_a_store_that_does_not_exist_is_named_and_not_made(tmp_path: Path) -> None:
+    uri, store = "models:/trained/1", f"sqlite:///{tmp_path / 'no.db'}"
+    with pytest.raises(InputError, match=r"no\.db, which does not exist\. Set MLFLOW_TRACKING_URI"):
+        resolve(uri, Model(name="m", source=uri, tracking_uri=store))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_of_another_flavor_is_one_clear_line(trained: Trained) -> None:
@@ -132,7 +139,7 @@ def test_mlflow_leads_from_the_package_to_the_run_that_trained_it(
     trained: Trained, tmp_path: Path
 ) -> None:
     store = Project(Path(shutil.copytree(trained.folder, tmp_path / "store")))
-    here = Trained(store.folder, trained.run, trained.model)
+    here = Trained(store.folder, trained.run_id, trained.model)
     checkpoint = here.fetch("models:/trained@best")
     logged = here.call("log_transformers", f"source={checkpoint.uri}", "model.name=m").models[0]
     with tracking(here):
@@ -140,9 +147,10 @@ def test_mlflow_leads_from_the_package_to_the_run_that_trained_it(
         client.create_registered_model("m-transformers")
         entry = Entry(logged, "m-transformers", provenance_tags(logged), "")
         version = make_version(client, entry)
-    assert version.tags["training_run"] == f"runs:/{trained.run}"
-    assert version.run_id == trained.run
-    packaging = client.get_run(client.get_logged_model(logged.model_id).source_run_id)
+    assert version.tags["training_run"] == f"runs:/{trained.run_id}"
+    assert version.run_id == trained.run_id
+    packaging = client.get_run(str(client.get_logged_model(logged.model_id).source_run_id))
+    assert packaging.inputs is not None
     assert [model.model_id for model in packaging.inputs.model_inputs] == [
         trained.model.removeprefix("models:/")
     ]

@@ -1,18 +1,20 @@
 import json
-from collections.abc import Callable
+from collections import namedtuple
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
 
 from slm.config import Config
-from slm.errors import InputError
+from slm.errors import InfrastructureError, InputError
+from slm.planning import Plan, costing, places_of, plan, require_room
 from slm.running.command import split_overrides
 from slm.running.costs import Size, cost_of
+from slm.running.memory import left_in_cgroups
 from slm.running.tracking import logged_model_exists
 from slm.running.work import records
 from steps.main import main
-from steps.plan import Plan, plan
 from tests.conftest import TINY, Packaged, Project, composed, tracking
 
 pytestmark = pytest.mark.xdist_group("main")
@@ -112,3 +114,150 @@ def test_an_export_is_expected_to_take_what_one_of_its_size_took(
     """The shapes in docs/benchmarks.md, within a quarter."""
     cost = cost_of("export_onnx", Size(weights, 2 * weights), composed())
     assert (cost.seconds, cost.memory_gb) == pytest.approx((seconds, memory_gb), rel=0.25)
+
+
+GB = 10**9
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what the machine has, in GB."""
+
+    def has(disk: float = 100, memory: float = 100) -> None:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, int(disk * GB)))
+        monkeypatch.setattr("slm.planning.available_memory_gb", lambda: memory)
+
+    return has
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path) -> Iterator[Path]:
+    """A work folder, and a store of runs, neither of which was made yet."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(Project(tmp_path).tracking_uri)
+    yield tmp_path / "work"
+    mlflow.set_tracking_uri(before)
+
+
+def needs(work: Path, *overrides: str) -> None:
+    require_room(composed(f"paths.work={work}", *overrides), {})
+
+
+PHI = ("model=phi-3-mini-4k-instruct",)  # pinned, so nothing asks the hub for it
+
+
+def test_a_run_that_does_not_fit_on_the_disk_stops_with_the_step_and_the_numbers(
+    nowhere: Path, machine: Callable[..., None]
+) -> None:
+    machine(disk=5)
+    with pytest.raises(InfrastructureError) as raised:
+        needs(nowhere, *PHI)
+    words = str(raised.value)
+    assert "fetch needs about 7.6 GB of disk in" in words and "and 5.0 GB are there" in words
+    assert "preflight=warn" in words and "SLM_WORK" in words and raised.value.exit_code == 4
+    machine(disk=9)  # the checkpoint fits, and what comes of it does not
+    with pytest.raises(InfrastructureError, match="export_onnx needs about 11.8 GB of disk"):
+        needs(nowhere, *PHI)
+
+
+def test_a_run_that_does_not_fit_into_the_memory_stops_with_the_step_and_the_numbers(
+    nowhere: Path, machine: Callable[..., None]
+) -> None:
+    machine(memory=7)
+    with pytest.raises(
+        InfrastructureError, match="evaluate needs about 11.3 GB of memory, and 7.0 GB are"
+    ):
+        needs(nowhere, *PHI)
+
+
+def test_a_run_that_is_within_the_margin_goes_on_with_a_warning(
+    nowhere: Path, machine: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    machine(memory=9)  # of 11.3, less 30 %
+    needs(nowhere, *PHI)
+    assert "evaluate needs about 11.3 GB of memory" in caplog.text
+    assert "may not suffice" in caplog.text
+
+
+def test_preflight_warns_or_is_silent_as_it_is_told(
+    nowhere: Path, machine: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    machine(disk=1, memory=1)
+    needs(nowhere, *PHI, "preflight=off")
+    assert not caplog.text
+    needs(nowhere, *PHI, "preflight=warn")
+    assert "GB of disk" in caplog.text and "GB of memory" in caplog.text
+
+
+def test_what_is_reused_takes_no_room(packaged: Packaged, machine: Callable[..., None]) -> None:
+    machine(disk=0, memory=0)
+    with tracking(packaged):
+        require_room(configured(packaged), {})
+
+
+def test_a_main_that_does_not_fit_starts_no_step(project: Project) -> None:
+    file = project.folder / "summary.json"
+    huge = "model.parameters=9e15"
+    process = project.step("main", huge, f"summary={file}")
+    assert process.returncode == 4, process.stderr
+    assert "main: preflight: fetch needs about" in process.stderr
+    assert json.loads(file.read_text())["steps"] == {}
+    [run] = project.client.search_runs(["1"])
+    assert (run.info.status, run.data.tags["exit_code"]) == ("FAILED", "4")
+    assert not list((project.folder / "work").glob("fetch/*"))
+
+
+def test_models_that_are_logged_on_the_work_folders_disk_take_none(nowhere: Path) -> None:
+    """Weights are hard links there; elsewhere they are copies, of which each is counted."""
+    config, size = composed(f"paths.work={nowhere}", *PHI), Size(3.8, 7.6)
+    places = {**places_of(config), "store_gb": nowhere.parent / "mlruns"}
+    assert costing("log_transformers", config, size, places)[0].store_gb == 0
+    there = Path("/dev/shm")
+    if there.is_dir():
+        elsewhere = costing("log_transformers", config, size, {**places, "store_gb": there})
+        assert elsewhere[0].store_gb == 7.6
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "left"),
+    [
+        (
+            "0::/a/b",
+            {
+                "a/memory.max": "4000000000",
+                "a/memory.current": "1500000000",
+                "a/memory.stat": "anon 1\ninactive_file 500000000\n",
+                "a/b/memory.max": "max",
+                "a/b/memory.current": "0",
+            },
+            [3.0],
+        ),
+        (
+            "5:memory:/",
+            {
+                "memory/memory.limit_in_bytes": "2000000000",
+                "memory/memory.usage_in_bytes": "500000000",
+            },
+            [1.5],
+        ),
+        (
+            "5:cpu,memory:/",
+            {
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+                "memory/memory.usage_in_bytes": "0",
+            },
+            [],
+        ),
+        ("", {}, []),
+    ],
+    ids=["version 2, of a folder above", "version 1", "version 1 without a limit", "no cgroup"],
+)
+def test_memory_is_bounded_by_every_cgroup_above_the_process(
+    line: str, files: dict[str, str], left: list[float], tmp_path: Path
+) -> None:
+    placed = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in {"proc/self/cgroup": line, **placed}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert left_in_cgroups(tmp_path) == left

@@ -420,6 +420,24 @@ def test_candidates_are_the_nucleus_of_the_best() -> None:
     assert list(candidates(scores, 0, 0.7)) == [0, 1]
     assert list(candidates(scores, 2, 0.6)) == [0]  # two thirds of what top_k leaves
     assert list(candidates(scores, 0, 0.01)) == [0]
+    assert set(candidates(scores, 0, 1.0, 0.25)) == {0, 1, 2}  # a quarter as likely as the best
+    assert set(candidates(scores, 2, 1.0, 0.1)) == {0, 1}
+
+
+def test_biases_and_penalties_move_what_is_chosen() -> None:
+    logits = np.array([3.0, 2.5, 2.0, 0.0], np.float32)
+
+    def chosen(**fields: Any) -> list[int]:
+        sampler = Sampler(Parameters.of(fields), [0, 1], 0, None)
+        return [sampler.choose(logits) for _ in range(4)]
+
+    assert chosen() == [0, 0, 0, 0]
+    assert chosen(presence_penalty=0.8) == [0, 1, 0, 0]  # once for each token, not the prompt's
+    assert chosen(frequency_penalty=0.8) == [0, 1, 0, 2]  # each time again
+    assert chosen(presence_penalty=-1) == [0, 0, 0, 0]
+    assert chosen(logit_bias={"0": -100, "3": 2.4}) == [1, 1, 1, 1]
+    assert chosen(logit_bias={"0": -100, "3": 2.6}) == [3, 3, 3, 3]
+    assert logits[0] == 3
 
 
 def test_sampling_follows_the_models_probabilities(runtime: Runtime) -> None:

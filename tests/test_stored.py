@@ -268,7 +268,7 @@ def in_shards(folder: Path, *names: str) -> None:
 
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    index = {}
+    index: dict[str, str] = {}
     for number, name in enumerate(names):
         part = dict(list(weights.items())[number :: len(names)])
         with contextlib.suppress(OSError):

@@ -2,9 +2,7 @@
 
 import errno
 import json
-import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -33,9 +31,8 @@ from slm.exporters import process, worker
 from slm.proof import prove
 from slm.records import LoggedModel, RegisteredVersion, Registration
 from slm.running import summary
-from slm.running.command import entry_point
 from slm.running.summary import Summary, note_step, post
-from tests.conftest import composed
+from tests.conftest import composed, ended
 
 VERSION = RegisteredVersion("tiny-chat", "2", "champion")
 
@@ -50,24 +47,6 @@ def failing(error: BaseException) -> Callable[[Config], object]:
 def registering(_: Config) -> None:
     registration = Registration("models:/tiny-chat@champion", "passed", [VERSION], True)
     note_step("register", registration, 1.5, "never made", "run-1")
-
-
-def ended(
-    step: Callable[[Config], object],
-    monkeypatch: pytest.MonkeyPatch,
-    *arguments: str,
-    name: str = "fetch",
-) -> int:
-    """The exit code of a step as a command, in this process."""
-    monkeypatch.setattr(sys, "argv", [f"/steps/{name}.py", *arguments])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    logger = logging.getLogger("slm")
-    for name in ("handlers", "level", "propagate"):  # as they are, once the test has ended
-        monkeypatch.setattr(logger, name, getattr(logger, name))
-    with pytest.raises(SystemExit) as raised:
-        entry_point(step)
-    summary.CURRENT.set(None)
-    return int(raised.value.code or 0)
 
 
 @pytest.mark.parametrize(

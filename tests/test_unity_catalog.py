@@ -13,11 +13,11 @@ from mlflow import MlflowClient
 
 import steps.register
 from slm.errors import InputError, StepError
+from slm.evaluation.summary import next_lines
 from slm.records import Evaluation, Registration
 from slm.registry.kinds import require_registry
 from slm.registry.names import LOGGED_MODEL, aliases_of
 from slm.registry.turns import turn
-from steps.main import next_lines
 from steps.rollback import Request, rollback
 from tests.conftest import MODEL, TARGET, composed
 from tests.databricks import Workspace

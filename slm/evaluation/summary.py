@@ -1,10 +1,18 @@
 """What `main` prints at its end: the steps, the verdict, what was registered, what to do next."""
 
+import shlex
+import sys
+from pathlib import Path
+
+from mlflow.utils.databricks_utils import get_databricks_host_creds
 from rich.console import Console
 from rich.table import Table
 
 from slm.evaluation.report import bounds, shown_metrics
 from slm.records import Evaluation, RegisteredVersion, Registration
+from slm.redaction import redacted
+from slm.running.tracking import store_variables
+from slm.running.work import work_folder
 
 SIDES = ("candidate", "reference")
 
@@ -57,3 +65,30 @@ def show(
         lines.append(("Not champion", "; ".join(registration.reasons)))
     for name, text in [*lines, *next_lines.items()]:
         console.print(f"{name:11} {text}", soft_wrap=True, markup=False)
+
+
+def next_lines(work: str, report: str, registered: str) -> dict[str, str]:
+    """Where things lie, and what to do next: commands that work in any terminal and folder."""
+    stores = store_variables()
+    tracking, registry = (shlex.quote(redacted(uri)) for uri in stores.values())
+    scripts = Path(sys.executable).parent
+    mlflow_command = shlex.quote(str(scripts / "mlflow"))
+    look = f"{mlflow_command} ui --backend-store-uri {tracking}"
+    serve = f"{mlflow_command} models serve -m {registered} --env-manager local -p 5001"
+    if registry != tracking:
+        look += f" --registry-store-uri {registry}"
+        serve = f"MLFLOW_REGISTRY_URI={registry} {serve}"
+    # The scoring server starts uvicorn by name.
+    serve = f"PATH={shlex.quote(str(scripts))}:$PATH MLFLOW_TRACKING_URI={tracking} {serve}"
+    if any(uri.startswith("file:") for uri in stores.values()):  # MLflow 3.17 wants to be told so
+        look, serve = (f"MLFLOW_ALLOW_FILE_STORE=true {line}" for line in (look, serve))
+    if tracking.startswith("http"):
+        look = tracking
+    elif tracking.startswith("databricks"):
+        look = f"{get_databricks_host_creds(tracking).host}/ml/experiments"
+    return {
+        "Work": str(work_folder(work)),
+        "Report": report,
+        "Look": look,
+        "Serve": serve,
+    }

@@ -33,6 +33,7 @@ EVALUATED_WITH = "evaluated_with"  # the URI of the checkpoint's logged model
 METRICS = "metrics"  # for readers; what decides is read from the logged model
 CONDITIONS = "conditions"  # under which these were measured
 # What became of it.
+CHOSEN = "chosen"  # why `choose` took it among other targets
 ANSWERED = "answered"  # it was loaded by its URI, and answered
 SUCCEEDS = "succeeds"  # the version that it took the alias champion from, or none
 ROLLED_BACK = "rolled_back"  # why it must not become champion again

@@ -25,14 +25,19 @@ class Size:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step adds to the disk, takes of memory at its peak, and how long it lasts.
+    """What a step adds to disks, takes of memory at its peak, and how long it lasts.
 
-    None stands for what nobody knows beforehand.
+    `disk_gb` is kept in the work folder, `store_gb` in MLflow's artifact store, `cache_gb` in the
+    Hugging Face cache; `scratch_gb` is in the work folder besides, until the step ends. None stands
+    for what nobody knows beforehand.
     """
 
     disk_gb: float | None = None
     memory_gb: float | None = None
     seconds: float | None = None
+    store_gb: float = 0.0
+    cache_gb: float = 0.0
+    scratch_gb: float = 0.0
 
 
 def cost_of(step: str, size: Size, config: Config) -> Cost:
@@ -45,8 +50,8 @@ def cost_of(step: str, size: Size, config: Config) -> Cost:
     costs = {
         "fetch": fetching(str(config.model.source), size, bool(config.model.adapter)),
         "export_onnx": exporting(config.target.quantizer, weights, onnx),
-        "log_pyfunc": Cost(logged, LIBRARIES_GB + onnx, 6 + 15 * weights),
-        "log_transformers": Cost(checkpoint, LIBRARIES_GB, 4 + 4 * checkpoint),
+        "log_pyfunc": Cost(0.0, LIBRARIES_GB + onnx, 6 + 15 * weights, store_gb=logged),
+        "log_transformers": Cost(0.0, LIBRARIES_GB, 4 + 4 * checkpoint, store_gb=checkpoint),
         "evaluate": Cost(0.0, LIBRARIES_GB + 1.4 * checkpoint, 20 + 430 * weights),
         "register": Cost(0.0, LIBRARIES_GB + 1.4 * checkpoint, 12 + 50 * weights),
     }
@@ -58,19 +63,29 @@ def cost_of(step: str, size: Size, config: Config) -> Cost:
 def fetching(source: str, size: Size, merges: bool) -> Cost:
     """A GGUF is loaded to be dequantized; safetensors take as long as the network does.
 
-    A base lies beside the checkpoint until an adapter is merged into it.
+    A base lies beside the checkpoint until an adapter is merged into it. What comes from the hub
+    lies in its cache too.
     """
+    checkpoint = size.checkpoint_gb
+    cached = checkpoint if source.startswith("hf://") else 0.0
     if merges:
-        return Cost(2 * size.checkpoint_gb, LIBRARIES_GB + 1.5, 20 * size.weights)
+        memory, seconds = LIBRARIES_GB + 1.5, 20 * size.weights
+        return Cost(checkpoint, memory, seconds, cache_gb=cached, scratch_gb=checkpoint)
     if source.endswith(".gguf"):
-        return Cost(size.checkpoint_gb, LIBRARIES_GB + 2 * size.checkpoint_gb, 200 * size.weights)
-    return Cost(size.checkpoint_gb, LIBRARIES_GB)
+        return Cost(checkpoint, LIBRARIES_GB + 2 * checkpoint, 200 * size.weights, cache_gb=cached)
+    return Cost(checkpoint, LIBRARIES_GB, cache_gb=cached)
 
 
 def exporting(quantizer: Quantizer, weights: float, onnx_gb: float) -> Cost:
-    """By who rounds: one tensor at a time, layer by layer on a text, or the builder."""
+    """By who rounds: one tensor at a time, layer by layer on a text, or the builder.
+
+    Meanwhile there is the float32 twin of a few layers, and what calibration rounded so far.
+    """
+    twin = 0.1 + 0.35 * weights
     if quantizer in (Quantizer.rtn, Quantizer.grid):
-        return Cost(onnx_gb, 0.5 + 1.15 * math.sqrt(weights), 12 + 9.5 * weights)
+        memory, seconds = 0.5 + 1.15 * math.sqrt(weights), 12 + 9.5 * weights
+        return Cost(onnx_gb, memory, seconds, scratch_gb=twin)
     if quantizer.calibrates:
-        return Cost(onnx_gb, 3.5 + 0.65 * weights, 4400 * weights)
-    return Cost(onnx_gb, 6 * weights, 58 * weights)
+        memory, seconds = 3.5 + 0.65 * weights, 4400 * weights
+        return Cost(onnx_gb, memory, seconds, scratch_gb=twin + onnx_gb)
+    return Cost(onnx_gb, 6 * weights, 58 * weights, scratch_gb=twin)

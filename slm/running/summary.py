@@ -6,14 +6,17 @@
 docs/unattended.md has the fields.
 """
 
+import contextlib
 import dataclasses
 import http.client
 import json
 import logging
+import math
 import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,6 +35,8 @@ FORMATS = ("", "json", "slack")
 SLACK = "hooks.slack.com"
 PATIENCE_S = 10
 INTERRUPTED = 130
+# Exit codes, the worst last: of several jobs, the command exits with the worst of theirs.
+BY_WEIGHT = (0, 3, 4, 2, 1, INTERRUPTED)
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,14 @@ class Done:
 
 @dataclass
 class Summary:
-    """What a command did so far; `result` is what plan, clean, rollback and score end with."""
+    """What a command did so far; `result` is what plan, clean, rollback and score end with.
+
+    `metrics` are the candidate's. A command that does its work several times, for several targets
+    say, has a summary of each among its `jobs`; `label` is what tells one from the others.
+    """
 
     entry_point: str
+    label: str = ""
     exit_code: int = 0
     error: str = ""
     model: str = ""
@@ -60,28 +70,36 @@ class Summary:
     duration_s: float = 0.0
     verdict: str = ""
     reasons: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
     registered: list[RegisteredVersion] = field(default_factory=list)
     steps: dict[str, Done] = field(default_factory=dict)
     result: Any = None
+    jobs: list["Summary"] = field(default_factory=list)
 
     @property
     def status(self) -> str:
         """done, unchanged (every outcome was reused), failed or interrupted."""
         if self.exit_code:
             return "interrupted" if self.exit_code == INTERRUPTED else "failed"
-        unchanged = self.steps and all(step.reused for step in self.steps.values())
-        return "unchanged" if unchanged else "done"
+        steps = [step for told in (self, *self.jobs) for step in told.steps.values()]
+        return "unchanged" if steps and all(step.reused for step in steps) else "done"
+
+    def fields(self) -> dict[str, Any]:
+        """All of it, with the status of each job."""
+        own = dataclasses.asdict(self) | {"jobs": [job.fields() for job in self.jobs]}
+        return {"status": self.status, **own}
 
     def json(self) -> str:
-        every = {"schema": 1, "status": self.status, **dataclasses.asdict(self)}
-        return json.dumps(redacted_texts(every), indent=2, default=str) + "\n"
+        every = redacted_texts({"schema": 1, **self.fields()})
+        return json.dumps(every, indent=2, default=str) + "\n"
 
     def sentence(self) -> str:
         """All of it in a line for people."""
         of = f" of {self.model} for {self.target}" if self.model else ""
         how = f"{self.status} (exit code {self.exit_code})" if self.exit_code else self.status
         versions = [f"{v.name} version {v.version} {v.alias}".strip() for v in self.registered]
-        told = [self.error, self.verdict and f"verdict {self.verdict}", *versions]
+        jobs = [f"{job.label} {job.verdict or job.status}" for job in self.jobs]
+        told = [self.error, self.verdict and f"verdict {self.verdict}", *jobs, *versions]
         return redacted(f"{self.entry_point}{of}: {'; '.join([how, *filter(None, told)])}")
 
 
@@ -103,8 +121,32 @@ def note_step(name: str, outcome: Any, duration_s: float, why: str, run_id: str)
     summary.steps[name] = Done(outcome.uri, round(duration_s, 3), not why, why, run_id)
     if isinstance(outcome, (Evaluation, Registration)):
         summary.verdict, summary.reasons = outcome.verdict, outcome.reasons
+    if isinstance(outcome, Evaluation):
+        measured = outcome.candidate_metrics
+        summary.metrics = {k: v for k, v in measured.items() if math.isfinite(v)}
     if isinstance(outcome, Registration):
         summary.registered = outcome.versions
+
+
+@contextlib.contextmanager
+def job() -> Iterator[Summary]:
+    """A summary of its own for a part of the command's work, which the command's one then holds."""
+    whole = CURRENT.get()
+    own = Summary(whole.entry_point if whole else "", run_id="")
+    own.tracking_uri = whole.tracking_uri if whole else ""
+    token, start = CURRENT.set(own), time.monotonic()
+    try:
+        yield own
+    finally:
+        CURRENT.reset(token)
+        own.duration_s = round(time.monotonic() - start, 3)
+        if whole:
+            whole.jobs.append(own)
+
+
+def worst(exit_codes: Iterable[int]) -> int:
+    """The exit code of a command whose jobs ended with these; one that is unknown is a fault."""
+    return max(exit_codes, key=lambda c: BY_WEIGHT.index(c if c in BY_WEIGHT else 1), default=0)
 
 
 class Ending:

@@ -22,10 +22,10 @@ from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
 
 from slm.config import ROOT, Config
-from slm.errors import InputError, UnreachableError, one_line
+from slm.errors import InputError, UnreachableError, one_line, told_of
 from slm.redaction import redacted
 from slm.running.killed import end_killed, on_record
-from slm.running.summary import note
+from slm.running.summary import INTERRUPTED, note
 
 log = logging.getLogger("slm.tracking")
 
@@ -180,16 +180,24 @@ def shown_tracking_uri() -> str:
 
 
 @contextlib.contextmanager
-def mlflow_run(name: str, work: Path) -> Iterator[mlflow.ActiveRun]:
+def mlflow_run(name: str, work: Path, shown: str = "") -> Iterator[mlflow.ActiveRun]:
     """The MLflow run that `mlflow run` opened for this process, else a new one; or a child run.
 
-    What killed processes left open in the same work folder is ended first.
+    What killed processes left open in the same work folder is ended first. A child run is `shown`
+    by that name, and ends with its error on it.
     """
     if mlflow.active_run() is not None:
         tags = {"mlflow.project.entryPoint": name}  # as `mlflow run` would set it
-        with mlflow.start_run(run_name=name, nested=True, tags=tags) as run:
+        with mlflow.start_run(run_name=shown or name, nested=True, tags=tags) as run:
             hide_secrets(run)
-            yield run
+            try:
+                yield run
+            except KeyboardInterrupt:
+                end_run_with_error(name, "interrupted", INTERRUPTED, "KILLED", told=True)
+                raise
+            except Exception as error:
+                end_run_with_error(name, *told_of(error), told=True)
+                raise
         return
     end_killed(work)
     run_id, own = os.environ.get("MLFLOW_RUN_ID"), uuid.uuid4().hex

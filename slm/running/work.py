@@ -32,7 +32,14 @@ RESULT = "result.json"
 DIGEST = 64  # characters of a SHA-256: what is as long is not shown, what is longer not kept
 
 # Modules that shape how a step is run, but not its outcome: a change to them makes nothing anew.
-APART_FROM_OUTCOMES = ("slm.config", "slm.errors", "slm.records", "slm.redaction", "slm.running")
+APART_FROM_OUTCOMES = (
+    "slm.config",
+    "slm.errors",
+    "slm.planning",
+    "slm.records",
+    "slm.redaction",
+    "slm.running",
+)
 
 
 class Outcome(Protocol):

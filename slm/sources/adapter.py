@@ -217,7 +217,7 @@ class Merge:
         missing = whole.keys() - self.left
         self.left -= held
         try:
-            loaded = set_peft_model_state_dict(self.model, state | whole, NAME)
+            loaded: Any = set_peft_model_state_dict(self.model, state | whole, NAME)
         except (RuntimeError, KeyError) as error:
             raise InputError(
                 f"{self.where} does not fit its base: it is an adapter of another model, or "

@@ -7,6 +7,7 @@ An alias is resolved to its version. Whatever was logged is looked up at `model.
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -52,6 +53,7 @@ def find(uri: str, model: Model) -> Found | None:
     from mlflow import MlflowClient
 
     tracking = absolute_uri(model.tracking_uri or mlflow.get_tracking_uri())
+    require_store(tracking, uri)
     other = model.registry_uri or model.tracking_uri
     registry = absolute_uri(other) if other else mlflow.get_registry_uri()
     client = MlflowClient(tracking_uri=tracking, registry_uri=registry)
@@ -69,10 +71,21 @@ def find(uri: str, model: Model) -> Found | None:
     folder, file = logged.path, ""
     if folder.endswith(".gguf"):
         folder, _, file = folder.rpartition("/")
-    folders, base = (folder,), ""
+    folders: tuple[str, ...] = (folder,)
+    base = ""
     if not file and "MLmodel" in (listed := store.files_in(folder)):
         folders, base = of_flavor(store, read_mlmodel(store, listed["MLmodel"]), folder, uri)
     return Found(store, folders, logged.pinned, file, training, base)
+
+
+def require_store(tracking: str, uri: str) -> None:
+    """Raise if there is no such database: MLflow's client would make an empty one."""
+    path = tracking.removeprefix("sqlite:///")
+    if path != tracking and not Path(path).is_file():
+        raise InputError(
+            f"{uri} is looked up in {tracking}, which does not exist. Set MLFLOW_TRACKING_URI, or "
+            "model.tracking_uri, to the store that the training job logged to."
+        )
 
 
 def version_or_model(client: Any, rest: str, uri: str, registry: str) -> Logged:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..parameters import Parameters, RequestError, require_text
+from ..parameters import Parameters, RequestError, TooLong, require_text
 from ..settings import Settings
 from ..tokenizer import Tokenizer
 from .batch_decoder import BatchDecoder
@@ -23,7 +23,7 @@ from .cores import Turn, available_cores
 from .decoder import Decoder, runs_alone
 from .generator_decoder import GeneratorDecoder
 from .sampling import Sampler, log_softmax
-from .scheduler import Completion, Event, Scheduler, Sequence, receive
+from .scheduler import Completion, Events, Scheduler, Sequence, receive
 
 PROVIDERS = ("cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx")
 Prompt = str | list[int]  # a text, or the tokens of one
@@ -140,7 +140,9 @@ class Runtime:
         under_way: deque[list[Sequence]] = deque()
         try:
             for number, request in enumerate(requests):
-                under_way.append(self.submit(*request, may_wait=number > 0))
+                sequences = self.sequences(*request, SimpleQueue())
+                self.scheduler.submit(sequences, may_wait=number > 0)
+                under_way.append(sequences)
                 if sum(map(len, under_way)) >= 2 * self.settings.max_batch_size:
                     answers.append(collect(under_way.popleft()))
             while under_way:
@@ -157,24 +159,39 @@ class Runtime:
 
         Closing the iterator ends the answer.
         """
-        self.require_loaded()
-        tokens = self.encode(prompt, parameters)
-        yield from receive(self.submit(tokens, parameters, streamed=True))
+        yield from receive(self.begin([prompt], parameters, SimpleQueue(), streamed=True))
 
-    def submit(
+    def begin(
+        self, prompts: list[Prompt], parameters: Parameters, events: Events, streamed: bool
+    ) -> list[Sequence]:
+        """Queue the answers to prompts, all or none, and return at once.
+
+        `events` receives what becomes of them; their choices count on from prompt to prompt.
+        Raises RequestError and Busy.
+        """
+        self.require_loaded()
+        sequences: list[Sequence] = []
+        for prompt in prompts:
+            tokens = self.encode(prompt, parameters)
+            sequences += self.sequences(tokens, parameters, events, len(sequences), streamed)
+        self.scheduler.submit(sequences)
+        return sequences
+
+    def sequences(
         self,
         prompt: list[int],
         parameters: Parameters,
+        events: Events,
+        first: int = 0,
         streamed: bool = False,
-        may_wait: bool = False,
     ) -> list[Sequence]:
-        """Queue the `n` answers to a prompt; Busy where the queue is full, unless `may_wait`."""
+        """The `n` answers to a prompt, to be queued; `first` is the choice of the first of them."""
         room = self.settings.max_batch_size + self.settings.max_queue_size
-        if parameters.n > room:
-            raise RequestError(
-                f"n is {parameters.n}; max_batch_size and max_queue_size hold {room} answers"
+        if first + parameters.n > room:
+            asked = (
+                f"{first + parameters.n} answers are asked for" if first else f"n is {parameters.n}"
             )
-        events: SimpleQueue[Event] = SimpleQueue()
+            raise RequestError(f"{asked}; max_batch_size and max_queue_size hold {room} answers")
         sequences = []
         for choice in range(parameters.n):
             schema = parameters.schema
@@ -183,21 +200,27 @@ class Runtime:
             text = self.tokenizer.stream(parameters.stop)
             end_tokens = self.tokenizer.end_tokens
             sequences.append(
-                Sequence(prompt, parameters, sampler, text, end_tokens, events, choice, streamed)
+                Sequence(
+                    *(prompt, parameters, sampler, text, end_tokens, events),
+                    first + choice,
+                    streamed,
+                )
             )
-        self.scheduler.submit(sequences, may_wait)
         return sequences
 
     def encode(self, prompt: Prompt, parameters: Parameters) -> list[int]:
         """The prompt's tokens; RequestError if it is no text, empty, or too long to answer."""
-        tokens = prompt
-        if not isinstance(tokens, list):
-            tokens = self.tokenizer.encode(require_text("prompt", prompt))
+        tokenizer = self.tokenizer
+        if isinstance(prompt, list):
+            tokens = tokenizer.require_tokens("prompt", prompt)
+        else:
+            tokens = tokenizer.encode(require_text("prompt", prompt))
+        tokenizer.require_tokens("logit_bias", [token for token, _ in parameters.logit_bias])
         if not tokens:
             raise RequestError("prompt is empty; it must hold at least one token")
         total = len(tokens) + parameters.max_tokens
         if total > self.context_length:
-            raise RequestError(
+            raise TooLong(
                 f"prompt is {len(tokens)} tokens, with max_tokens {parameters.max_tokens} that is "
                 f"{total}; the context length is {self.context_length}"
             )
@@ -208,10 +231,15 @@ class Runtime:
         self.require_loaded()
         return self.tokenizer.render(messages)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """The tokens of that prompt, in which no message's content can forge a turn."""
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        begins: str = "",
+    ) -> list[int]:
+        """The tokens of that prompt, in which no message can forge a turn (Tokenizer has more)."""
         self.require_loaded()
-        return self.tokenizer.encode_chat(messages)
+        return self.tokenizer.encode_chat(messages, tools, begins)
 
     def log_probabilities(self, tokens: list[int]) -> np.ndarray:
         """Natural-log probabilities of the token after each: float32 [tokens, vocabulary]."""

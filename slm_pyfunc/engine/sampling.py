@@ -1,5 +1,7 @@
 """Choose the next token from logits, by one request's parameters."""
 
+from collections import Counter
+
 import numpy as np
 
 from ..parameters import Parameters
@@ -23,6 +25,9 @@ class Sampler:
         seed = parameters.seed
         self.random = np.random.default_rng(None if seed is None else (seed, choice))
         self.seen = np.unique(prompt) if parameters.repetition_penalty != 1 else None
+        self.said: Counter[int] | None = None
+        if parameters.frequency_penalty or parameters.presence_penalty:
+            self.said = Counter()
 
     def choose(self, logits: np.ndarray) -> int:
         """The next token, from float32 [vocabulary], which stays as it is."""
@@ -33,19 +38,33 @@ class Sampler:
             token = self.grammar.choose(scores) if self.grammar else int(scores.argmax())
         if self.seen is not None:
             self.seen = np.union1d(self.seen, [token])
+        if self.said is not None:
+            self.said[token] += 1
         return token
 
     def penalised(self, logits: np.ndarray) -> np.ndarray:
-        """Logits of tokens that the sequence has, made less likely (arXiv:1909.05858)."""
-        if self.seen is None:
+        """Logits with the bias of tokens, and those that the sequence has made less likely.
+
+        `repetition_penalty` counts the prompt too (arXiv:1909.05858), OpenAI's two only the answer.
+        """
+        parameters = self.parameters
+        if self.seen is None and not self.said and not parameters.logit_bias:
             return logits
-        scores, penalty = logits.copy(), np.float32(self.parameters.repetition_penalty)
-        seen = scores[self.seen]
-        scores[self.seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        scores = logits.copy()
+        if self.seen is not None:
+            seen, penalty = scores[self.seen], np.float32(parameters.repetition_penalty)
+            scores[self.seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        if self.said:
+            counts = np.array(list(self.said.values()), np.float32)
+            penalties = parameters.presence_penalty + parameters.frequency_penalty * counts
+            scores[list(self.said)] -= penalties.astype(np.float32)
+        for token, bias in parameters.logit_bias:
+            scores[token] += np.float32(bias)
         return scores
 
     def draw(self, scores: np.ndarray) -> int:
-        kept = candidates(scores, self.parameters.top_k, self.parameters.top_p)
+        parameters = self.parameters
+        kept = candidates(scores, parameters.top_k, parameters.top_p, parameters.min_p)
         noisy = scores[kept] - np.log(self.random.exponential(size=len(kept)).astype(np.float32))
         if self.grammar is None:
             return int(kept[noisy.argmax()])
@@ -54,11 +73,15 @@ class Sampler:
         return self.grammar.choose(everything)
 
 
-def candidates(scores: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+def candidates(scores: np.ndarray, top_k: int, top_p: float, min_p: float = 0) -> np.ndarray:
     """The tokens among which to draw: the `top_k` best, and of these the fewest that hold `top_p`.
 
-    Returns token ids, int64 [candidates].
+    Of these again, those at least `min_p` times as likely as the best (arXiv:2407.01082). Returns
+    token ids, int64 [candidates].
     """
+    if min_p:
+        kept = candidates(scores, top_k, top_p)
+        return kept[scores[kept] >= scores.max() + np.log(min_p)]
     kept = best(scores, top_k or (CANDIDATES if top_p < 1 else 0))
     if top_p == 1:
         return kept

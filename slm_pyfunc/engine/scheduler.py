@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +20,10 @@ from .decoder import PROMPT_PIECE, Decoder, Row
 from .sampling import Sampler, log_softmax
 
 PIECE_AMONG_OTHERS = 64  # tokens of prompts per turn while others are being answered
+
+
+# A token, its natural-log probability, and the most likely tokens with theirs.
+LogProbability = tuple[int, float, list[tuple[int, float]]]
 
 
 class Busy(RuntimeError):
@@ -40,10 +45,17 @@ class Completion:
     completion_tokens: int
     cached_tokens: int
     finish_reason: str
-    logprobs: list[tuple[int, float, list[tuple[int, float]]]]
+    logprobs: list[LogProbability]
 
 
 Event = tuple[int, str | Completion | Exception]
+
+
+class Events(Protocol):
+    """Where the events of sequences go, from the scheduler's thread: a queue, a server."""
+
+    def put(self, event: Event) -> None:
+        """Take an event, and return at once."""
 
 
 @dataclass(eq=False)
@@ -59,7 +71,7 @@ class Sequence:
     sampler: Sampler
     text: TextStream
     end_tokens: frozenset[int]
-    events: SimpleQueue[Event]
+    events: Events
     choice: int = 0
     streamed: bool = False
     cancelled: bool = False
@@ -67,7 +79,7 @@ class Sequence:
     cached_tokens: int = 0
     generated: int = 0
     pieces: list[str] = field(default_factory=list)
-    logprobs: list[tuple[int, float, list[tuple[int, float]]]] = field(default_factory=list)
+    logprobs: list[LogProbability] = field(default_factory=list)
 
     def take(self, logits: np.ndarray) -> int | None:
         """Choose the next token; None where the sequence ends with it."""
@@ -253,9 +265,7 @@ class Scheduler:
             sequence.events.put((sequence.choice, error))
 
 
-def log_probabilities(
-    logits: np.ndarray, token: int, count: int
-) -> tuple[int, float, list[tuple[int, float]]]:
+def log_probabilities(logits: np.ndarray, token: int, count: int) -> LogProbability:
     """The token's log-probability, and the `count` most likely tokens with theirs."""
     scores = log_softmax(logits)
     top = np.argsort(-scores)[:count].tolist() if count else []
@@ -263,11 +273,12 @@ def log_probabilities(
 
 
 def receive(sequences: list[Sequence]) -> Iterator[tuple[int, str | Completion]]:
-    """The events of the answers to one prompt, up to the last end; given up before, they end."""
-    left = len(sequences)
+    """The events of one request's sequences, up to the last end; given up before, they end."""
+    left, events = len(sequences), sequences[0].events
+    assert isinstance(events, SimpleQueue)
     try:
         while left:
-            choice, event = sequences[0].events.get()
+            choice, event = events.get()
             if isinstance(event, Exception):
                 raise event
             left -= isinstance(event, Completion)

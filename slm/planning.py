@@ -1,0 +1,281 @@
+"""What a run would do, what that takes, and whether this machine has it.
+
+`plan` shows it, and `preflight` stops a run that does not fit before anything large moves.
+"""
+
+import logging
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import mlflow
+from mlflow.utils.file_utils import local_file_uri_to_path
+
+from slm.config import Config, Preflight
+from slm.errors import InfrastructureError, UserError
+from slm.records import Checkpoint
+from slm.registry.kinds import require_registry
+from slm.running.chain import Link, kept, of_first_target, of_target, pipeline
+from slm.running.costs import Cost, Size, cost_of
+from slm.running.memory import available_memory_gb
+from slm.running.run import Ask
+from slm.running.tracking import calling_folder, stores_exist
+from slm.running.work import NotKept, records, work_folder
+from slm.seal import require_key_to_sign
+from slm.sources.adapter import sources_of
+from slm.sources.hub import Hub
+from slm.sources.weights import read_tensors
+
+log = logging.getLogger("slm.planning")
+
+REUSED, RUNS, MAY_RUN = "reused", "runs", "may run"
+# The share by which figures may be too high: sizes follow from the weights, memory is rough. A run
+# is stopped only if it does not fit even so.
+MARGINS = {"disk": 0.1, "memory": 0.3}
+CURES = {
+    "disk": "Free space there, or set SLM_WORK (or what the folder is named by) to another disk",
+    "memory": "Take a machine with more memory",
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What would become of a step, and why; `basis` says where the figures of its cost are from."""
+
+    step: str
+    does: str
+    why: str
+    cost: Cost
+    basis: str = ""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is taken while a step runs, beside what there is, in GB.
+
+    `of` is disk (with what the steps before it left `where` this is) or memory.
+    """
+
+    step: str
+    of: str
+    where: str
+    gb: float
+    free_gb: float
+
+    @property
+    def lacks(self) -> bool:
+        """Whether there is too little even if the figure is as much too high as it may be."""
+        return self.gb * (1 - MARGINS[self.of]) > self.free_gb
+
+    def words(self) -> str:
+        place = f" in {self.where}, with what the steps before it leave" if self.where else ""
+        figure = f"{self.step} needs about {self.gb:.1f} GB of {self.of}{place}"
+        return f"{figure}, and {self.free_gb:.1f} GB are there"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps; what they take together if all that may run do; and what this machine has."""
+
+    steps: list[Planned]
+    cost: Cost
+    work: str
+    free_disk_gb: float
+    available_memory_gb: float
+    needs: list[Need] = field(default_factory=list)
+
+    def greatest(self) -> list[Need]:
+        """Of memory, and of each disk, the step that takes the most."""
+        of: dict[tuple[str, str], Need] = {}
+        for need in self.needs:
+            key = need.of, need.where
+            of[key] = max(of.get(key, need), need, key=lambda n: n.gb)
+        return list(of.values())
+
+
+def plan(config: Config, outcomes: Mapping[str, Any] | None = None) -> Plan:
+    """Ask every step in turn, but for those whose `outcomes` are there.
+
+    InputError where a step would refuse what it is given.
+    """
+    require_registry(config.register)
+    require_key_to_sign(config.signing)
+    config, known = of_first_target(config), dict(outcomes or {})
+    links = [link for link in pipeline(config) if link.name not in known]
+    found = [(link, *ask(link, of_target(config, link.target), known)) for link in links]
+    size = size_of(config, known.get("fetch"))
+    places = places_of(config)
+    steps = []
+    for link, does, why in found:
+        own = of_target(config, link.target)
+        costs = costing(link.step, own, size, places) if does != REUSED else (Cost(),)
+        steps.append(Planned(link.name, does, why, *costs))
+    running = [planned for planned in steps if planned.does != REUSED]
+    return Plan(
+        steps,
+        together([planned.cost for planned in running]),
+        str(places["disk_gb"]),
+        free_gb(places["disk_gb"]),
+        available_memory_gb(),
+        list(needs_of(running, places)),
+    )
+
+
+def require_room(config: Config, outcomes: Mapping[str, Any]) -> None:
+    """Hold what a run is yet to take against what this machine has, as `preflight` says.
+
+    Raises InfrastructureError, if it is `stop`, at the first step that certainly runs and does not
+    fit, and warns of what may not.
+    """
+    if config.preflight is Preflight.off:
+        return
+    try:
+        planned = plan(config, outcomes)
+    except UserError:  # the step that meets it says so
+        return
+    certain = needs_of([step for step in planned.steps if step.does == RUNS], places_of(config))
+    lacking = next((need for need in certain if need.lacks), None)
+    if lacking and config.preflight is Preflight.stop:
+        raise InfrastructureError(
+            f"preflight: {lacking.words()}. {CURES[lacking.of]}, or go on in spite of it with "
+            "preflight=warn."
+        )
+    for need in planned.greatest():
+        if need.gb > need.free_gb:
+            log.warning("preflight: %s: it may not suffice", need.words())
+
+
+def ask(link: Link, config: Config, outcomes: dict[str, Any]) -> tuple[str, str]:
+    """What a step would do, and why; its outcome goes to the others if it is kept."""
+    waits_for = [step for step in link.needs if step not in outcomes]
+    if waits_for:
+        before = records(work_folder(config.paths.work) / link.step)
+        if not any(r.get("of", {}).get("model") == config.model.name for r in before):
+            return RUNS, f"never made of {config.model.name}"
+        return MAY_RUN, f"if {' or '.join(waits_for)} ends otherwise"
+    try:
+        outcomes[link.name] = kept(link.step, config, link.inputs(outcomes), Ask.look)
+    except NotKept as why:
+        return RUNS, str(why)
+    return REUSED, outcomes[link.name].uri
+
+
+def costing(
+    step: str, config: Config, size: Size | None, places: Mapping[str, Path]
+) -> tuple[Cost, str]:
+    """What a step takes: as it took last time, else by the size of the model."""
+    cost = Cost() if size is None else cost_of(step, size, config)
+    if same_disk(places.get("store_gb"), places["disk_gb"]):
+        cost = replace(cost, store_gb=0.0)  # hard links
+    if cost.cache_gb:
+        links = same_disk(places["cache_gb"], places["disk_gb"])
+        source = sources_of(config.model)[1]
+        there = isinstance(source, Hub) and source.cached() is not None
+        cost = replace(
+            cost,
+            disk_gb=0.0 if links else cost.disk_gb,
+            cache_gb=0.0 if there else cost.cache_gb,
+        )
+    same = {"model": config.model.name, "target": config.target.name}
+    last = max(
+        (r for r in records(work_folder(config.paths.work) / step) if r.get("of") == same),
+        key=lambda record: record["made"],
+        default=None,
+    )
+    if last is None:
+        return cost, "" if size is None else "by size"
+    return replace(cost, memory_gb=last["peak_rss_mb"] / 1e3, seconds=last["made_s"]), (
+        "as last time"
+    )
+
+
+def size_of(config: Config, checkpoint: Checkpoint | None) -> Size | None:
+    """The model's size: of the checkpoint, else as conf/ or its source says; None if none does."""
+    if checkpoint is not None:
+        tensors = read_tensors(Path(checkpoint.uri), checkpoint.source).values()
+        return Size(sum(tensor.size for tensor in tensors) / 1e9, checkpoint.size_mb / 1e3)
+    source, parameters = config.model.source or "", config.model.parameters
+    stored = 4 if source.endswith(".gguf") else 2  # bytes: dequantized to float32, or in bfloat16
+    if parameters:
+        return Size(parameters / 1e9, stored * parameters / 1e9)
+    checkpoint_gb = sources_of(config.model)[1].weights_gb()
+    return None if checkpoint_gb is None else Size(checkpoint_gb / stored, checkpoint_gb)
+
+
+def places_of(config: Config) -> dict[str, Path]:
+    """The folders in which a Cost's figures are taken; a store that is elsewhere has none."""
+    from huggingface_hub import constants
+
+    places = {"disk_gb": work_folder(config.paths.work), "cache_gb": Path(constants.HF_HUB_CACHE)}
+    run = mlflow.active_run()
+    if run is not None:
+        location = run.info.artifact_uri
+    else:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
+        experiment = mlflow.get_experiment_by_name(name) if stores_exist() else None
+        location = experiment.artifact_location if experiment else "mlruns"
+    if urlsplit(location).scheme in ("", "file"):
+        places["store_gb"] = calling_folder() / local_file_uri_to_path(location)
+    return places
+
+
+def needs_of(steps: list[Planned], places: Mapping[str, Path]) -> Iterator[Need]:
+    """What each step takes of memory and of disks; what it keeps is taken when the next one runs.
+
+    Folders on one disk are one place, the first of them.
+    """
+    disks: dict[int, Path] = {}
+    for place in places.values():
+        disks.setdefault(device(place), place)
+    kept_gb: dict[int, float] = defaultdict(float)
+    memory_gb = available_memory_gb()
+    for step in steps:
+        taken: dict[int, float] = defaultdict(float)
+        for name, place in places.items():
+            gb = getattr(step.cost, name) or 0.0
+            kept_gb[device(place)] += gb
+            taken[device(place)] += gb
+        taken[device(places["disk_gb"])] += step.cost.scratch_gb
+        for disk, gb in taken.items():
+            if gb:
+                peak = kept_gb[disk]
+                peak += step.cost.scratch_gb if disk == device(places["disk_gb"]) else 0.0
+                yield Need(step.step, "disk", str(disks[disk]), peak, free_gb(disks[disk]))
+        if step.cost.memory_gb:
+            yield Need(step.step, "memory", "", step.cost.memory_gb, memory_gb)
+
+
+def standing(path: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def device(path: Path) -> int:
+    return standing(path).stat().st_dev
+
+
+def same_disk(one: Path | None, other: Path) -> bool:
+    return one is not None and device(one) == device(other)
+
+
+def free_gb(path: Path) -> float:
+    return shutil.disk_usage(standing(path)).free / 1e9
+
+
+def together(costs: list[Cost]) -> Cost:
+    """Steps one after the other: disk and time add up, memory is that of the largest."""
+    figures = {
+        f.name: [value for cost in costs if (value := getattr(cost, f.name)) is not None]
+        for f in fields(Cost)
+    }
+    return Cost(
+        **{
+            name: max(values, default=0.0) if name in ("memory_gb", "scratch_gb") else sum(values)
+            for name, values in figures.items()
+        }
+    )

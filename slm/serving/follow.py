@@ -1,0 +1,61 @@
+"""Takes up the versions that aliases name next, while the server goes on answering."""
+
+import asyncio
+import logging
+
+from slm.config import Config
+from slm.errors import StepError, one_line
+from slm.running.memory import available_mb
+from slm.serving.models import Served, alias_of, load, pinned_uri
+from slm.serving.service import Service
+
+log = logging.getLogger("slm.serve")
+
+HEADROOM = 1.2  # of the memory that the version before took up
+TRIES_AGAIN_S = 600.0  # after a version that could not be taken up
+
+
+class Follower:
+    """Asks the registry what the aliases name, and swaps models in the loop's thread.
+
+    The version before answers until the next has loaded and answered, and then ends what it has
+    begun.
+    """
+
+    def __init__(self, service: Service, config: Config) -> None:
+        self.service, self.config = service, config
+        self.failed: dict[str, float] = {}  # by version: when it may be tried again
+
+    async def follow(self, models: list[Served]) -> None:
+        """Until it is cancelled."""
+        followed = {served.name: alias_of(served.uri) for served in models}
+        if not any(followed.values()):
+            log.warning("follow: no model_uri names an alias, so there is nothing to follow")
+            return
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.config.serve.follow_every_s)
+            for served in list(self.service.models.values()):
+                now = loop.time()
+                if not followed.get(served.name):
+                    continue
+                named = ""
+                try:
+                    _, named = await loop.run_in_executor(None, pinned_uri, served.uri)
+                    if self.failed.get(named, 0) > now or named == served.version:
+                        continue
+                    self.service.add(await loop.run_in_executor(None, self.next, served))
+                except Exception as error:  # the one that serves goes on
+                    self.failed[named] = now + TRIES_AGAIN_S if named else 0
+                    self.service.metrics.failures.labels(served.name).inc()
+                    log.error("%s: still %s: %s", served.name, served.model.uri, one_line(error))
+
+    def next(self, served: Served) -> Served:
+        """The version that the alias names now, loaded beside the one that serves."""
+        needed = HEADROOM * max(served.resident_mb, served.model.size_mb)
+        if (free := available_mb()) < needed:
+            raise StepError(
+                f"{served.uri} names another version, and there is no memory for two: "
+                f"{needed:.0f} MB are needed, {free:.0f} are free. Start the server again."
+            )
+        return load(served.uri, self.config.signing, self.config.serve.settings)
