@@ -15,7 +15,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from slm.children import Chain, Child
+from slm.children import Chain, Child, overrides_for_children
 from slm.config import CONF, Config, Objective
 from slm.errors import InfrastructureError, InputError, StepError, UnreachableError, UserError
 from slm.evaluation import comparison
@@ -32,6 +32,7 @@ from slm.running.summary import note_step, worst
 from steps import choose, main
 from tests.checkpoints import write_tiny, write_tokenizer
 from tests.conftest import (
+    MODEL,
     TINY,
     Project,
     composed,
@@ -295,6 +296,17 @@ def test_several_targets_in_a_parameter_of_mlproject_are_a_multirun() -> None:
     ]
     argv = ["--model", "m", "--overrides", "--multirun export.graph=genai,mobius"]
     assert hydra_arguments("main", argv) == ["--multirun", "model='m'", "export.graph=genai,mobius"]
+
+
+def test_children_are_told_of_the_models_own_settings_and_not_of_the_choice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    own = ["model.name=mine", "model.source=/data/mine", "target.builder_options.block_size=64"]
+    given = [*own, f"model={MODEL}", "budget='size_mb<=9'", "objective=fastest", "preflight=warn"]
+    given.append(f"paths.work={tmp_path}")
+    ended(lambda _: told.extend(overrides_for_children()), monkeypatch, *given, name="choose")
+    assert told == [*own, f"paths.work={tmp_path}", "preflight=off"]
 
 
 def test_the_worst_exit_code_is_that_of_a_fault_before_bad_input_and_a_verdict() -> None:
