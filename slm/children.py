@@ -146,8 +146,10 @@ def overrides_for_children() -> list[str]:
 
 
 def given_overrides(*without: str) -> list[str]:
-    """The overrides of this command and where it looks for conf/, `without` those of some keys,
-    though not of what is below them: `model.source=…` stays without `model=…`."""
+    """The overrides of this command and where it looks for conf/, `without` those of some keys.
+
+    What is below these keys stays: `model.source=…` without `model=…`.
+    """
     hydra = HydraConfig.get()
     search_path = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
     own_conf = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]

@@ -302,7 +302,7 @@ def test_children_are_told_of_the_models_own_settings_and_not_of_the_choice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     told: list[str] = []
-    own = ["model.name=mine", "model.source=/data/mine", "target.builder_options.block_size=64"]
+    own = ["model.name=mine", "model.source=/data/mine", "target.runtime_package=mine"]
     given = [*own, f"model={MODEL}", "budget='size_mb<=9'", "objective=fastest", "preflight=warn"]
     given.append(f"paths.work={tmp_path}")
     ended(lambda _: told.extend(overrides_for_children()), monkeypatch, *given, name="choose")
