@@ -1,8 +1,8 @@
 """Run every step in turn, from a model's source to registered versions.
 
-mlflow run . --env-manager local
-python -m steps.main model=phi-3-mini-4k-instruct target=cuda-int4-rtn-block-32
-python -m steps.main --multirun target=cpu-int4-rtn-block-32,cpu-int4-rtn-block-32-acc-level-4
+    mlflow run . --env-manager local
+    python -m steps.main model=phi-3-mini-4k-instruct target=cuda-int4-rtn-block-32
+    python -m steps.main --multirun target=cpu-int4-rtn-block-32,cpu-int4-rtn-block-32-acc-level-4
 
 Several targets are child runs of one run, which shows them side by side.
 """
