@@ -147,7 +147,7 @@ def measure(name: str, quantizer: Quantizer, limit_mb: int, layers: int, scratch
         checkpoint=str(checkpoint),
         onnx=onnx,
         scratch=work,
-        target=Target("cpu", cpu, int4, "", quantizer, builder_options=own),
+        target=Target("cpu", cpu, int4, "", quantizer=quantizer, builder_options=own),
         makers=["genai"],
         text="some text " * 40,
         parity_tokens=8192,

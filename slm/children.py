@@ -146,11 +146,14 @@ def overrides_for_children() -> list[str]:
 
 
 def given_overrides(*without: str) -> list[str]:
-    """The overrides of this command and where it looks for conf/, `without` those of some keys."""
+    """The overrides of this command and where it looks for conf/, `without` those of some keys.
+
+    What is below these keys stays: `model.source=…` without `model=…`.
+    """
     hydra = HydraConfig.get()
     search_path = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
     own_conf = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     search_path += [f"hydra.searchpath=[file://{path}]" for path in own_conf]
-    dropped = tuple(f"{name}{end}" for name in without for end in ("=", "."))
+    dropped = tuple(f"{name}=" for name in without)
     given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     return [*search_path, *(o for o in given if not o.startswith(dropped))]

@@ -15,7 +15,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from slm.children import Chain, Child
+from slm.children import Chain, Child, overrides_for_children
 from slm.config import CONF, Config, Objective
 from slm.errors import InfrastructureError, InputError, StepError, UnreachableError, UserError
 from slm.evaluation import comparison
@@ -32,6 +32,7 @@ from slm.running.summary import note_step, worst
 from steps import choose, main
 from tests.checkpoints import write_tiny, write_tokenizer
 from tests.conftest import (
+    MODEL,
     TINY,
     Project,
     composed,
@@ -297,6 +298,17 @@ def test_several_targets_in_a_parameter_of_mlproject_are_a_multirun() -> None:
     assert hydra_arguments("main", argv) == ["--multirun", "model='m'", "export.graph=genai,mobius"]
 
 
+def test_children_are_told_of_the_models_own_settings_and_not_of_the_choice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    own = ["model.name=mine", "model.source=/data/mine", "target.runtime_package=mine"]
+    given = [*own, f"model={MODEL}", "budget='size_mb<=9'", "objective=fastest", "preflight=warn"]
+    given.append(f"paths.work={tmp_path}")
+    ended(lambda _: told.extend(overrides_for_children()), monkeypatch, *given, name="choose")
+    assert told == [*own, f"paths.work={tmp_path}", "preflight=off"]
+
+
 def test_the_worst_exit_code_is_that_of_a_fault_before_bad_input_and_a_verdict() -> None:
     assert worst([0, 3]) == 3 and worst([3, 4]) == 4 and worst([4, 2]) == 2
     assert worst([2, 1, 3]) == 1 and worst([]) == 0
@@ -390,4 +402,4 @@ def test_a_ladder_names_targets_that_exist_the_cheapest_to_make_first(file: Path
     costs = [
         cost_of("export_onnx", Size(1, 2), composed(f"target={name}")).seconds for name in targets
     ]
-    assert costs == sorted(costs, key=float)
+    assert costs == sorted(costs, key=lambda seconds: seconds or 0.0)

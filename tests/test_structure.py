@@ -69,6 +69,7 @@ def exports(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
             calibration=ROWS,
             calibration_tokens=512,
             calibrated=str(calibrated / once),
+            shared=str(calibrated / "shared"),
         )
         exported = export(request)
         made[name] = (Path(request.onnx), kept_in_int8(source, target, exported.linears))

@@ -24,14 +24,6 @@ from slm.running.work import enum_value
 
 # What is weighed against each other; a row is on the front if no other is at least as good in all.
 WEIGHED = ("size_mb", "decode_tokens_per_s", "kl_divergence")
-COLUMNS = (
-    *WEIGHED,
-    "perplexity_ratio",
-    "top1_agreement",
-    "task_accuracy",
-    "ttft_s_p50",
-    "peak_rss_mb",
-)
 SHORT = {
     "size_mb": "MB",
     "decode_tokens_per_s": "decode tokens/s",

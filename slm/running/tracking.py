@@ -94,11 +94,12 @@ def databricks_host(uri: str) -> str:
         from databricks.sdk.config import Config as Databricks
 
         profile = urlsplit(uri).netloc
-        given = {"profile": profile} if profile else {}
+        patience: dict[str, Any] = {
+            "retry_timeout_seconds": PATIENCE_S,
+            "http_timeout_seconds": PATIENCE_S,
+        }
         try:
-            found = Databricks(
-                **given, retry_timeout_seconds=PATIENCE_S, http_timeout_seconds=PATIENCE_S
-            )
+            found = Databricks(profile=profile or None, **patience)
         except ValueError as error:  # MLflow knows other ways, and says what it needs
             log.debug("%s", one_line(error))
             return ""
@@ -203,7 +204,7 @@ def mlflow_run(name: str, work: Path, shown: str = "") -> Iterator[mlflow.Active
     run_id, own = os.environ.get("MLFLOW_RUN_ID"), uuid.uuid4().hex
     query = f"attributes.run_id = '{run_id}'" if run_id else f"tags.{RECORD} = '{own}'"
     with on_record(run_id or own, query, work):
-        started = {} if run_id else {"run_name": name, "tags": {RECORD: own}}
+        started: dict[str, Any] = {} if run_id else {"run_name": name, "tags": {RECORD: own}}
         try:
             try:
                 run = mlflow.start_run(**started)
