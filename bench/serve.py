@@ -41,9 +41,9 @@ CONTEXT = 2048
 SUBJECTS = ["rivers", "trains", "bread", "winter", "music", "glass", "horses", "maps"]
 QUESTIONS = len(SUBJECTS) ** 2
 LONG = "The quick brown fox jumps over the lazy dog. "  # ten tokens
-# Of a soak: so that keys, values and cache have taken up all they may in its first half.
-SMALL = 1024
-SMALL_SETTINGS = f"{{context_length: {SMALL}, max_batch_size: 8, cache_mb: 64}}"
+# Of a soak: so that keys, values and cache soon take up all they may.
+SMALL, SMALL_ROWS = 1024, 8
+SMALL_SETTINGS = f"{{context_length: {SMALL}, max_batch_size: {SMALL_ROWS}, cache_mb: 64}}"
 GROWTH_MB = 60  # of memory, over the second half of a soak: what MLflow and the allocator may keep
 
 
@@ -129,6 +129,9 @@ async def soak(
         for number in numbers:
             expected[number] = (await right(number)).text
 
+    # Every row takes up what memory it may, so that more is a leak.
+    stories = (question(i, model, SMALL - 100, "At length: ") for i in range(SMALL_ROWS))
+    await asyncio.gather(*(ask(url, story) for story in stories))
     # Some CPUs compute a batch of one by another kernel, which rounds otherwise: never one here.
     company = asyncio.ensure_future(long_stories(url, model))
     numbers = iter(range(QUESTIONS))
