@@ -244,11 +244,11 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_rows(server: Ser
     connection.request("POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {KEY}"})
     response = connection.getresponse()
     response.read(20)
+    wait_until(lambda: server.figure("sequences_running") == 4)
+    assert server.figure("sequences_waiting") == 40
     status, answer, headers = server.ask("POST", "/v1/chat/completions", chat(FRANCE))
     assert status == 429 and answer["error"]["code"] == "rate_limit_exceeded"
     assert int(headers["retry-after"]) >= 1
-    wait_until(lambda: server.figure("sequences_running") == 4)
-    assert server.figure("sequences_waiting") == 40
     response.close()
     connection.close()
     wait_until(lambda: server.figure("sequences_running") == 0)
