@@ -41,9 +41,9 @@ CONTEXT = 2048
 SUBJECTS = ["rivers", "trains", "bread", "winter", "music", "glass", "horses", "maps"]
 QUESTIONS = len(SUBJECTS) ** 2
 LONG = "The quick brown fox jumps over the lazy dog. "  # ten tokens
-# Of a soak: so that keys, values and cache have taken up all they may in its first half.
-SMALL = 1024
-SMALL_SETTINGS = f"{{context_length: {SMALL}, max_batch_size: 8, cache_mb: 64}}"
+# Of a soak: so that keys, values and cache soon take up all they may.
+SMALL, SMALL_ROWS = 1024, 8
+SMALL_SETTINGS = f"{{context_length: {SMALL}, max_batch_size: {SMALL_ROWS}, cache_mb: 64}}"
 GROWTH_MB = 60  # of memory, over the second half of a soak: what MLflow and the allocator may keep
 
 
@@ -129,6 +129,9 @@ async def soak(
         for number in numbers:
             expected[number] = (await right(number)).text
 
+    # Every row takes up what memory it may, so that more is a leak.
+    stories = (question(i, model, SMALL - 100, "At length: ") for i in range(SMALL_ROWS))
+    await asyncio.gather(*(ask(url, story) for story in stories))
     # Some CPUs compute a batch of one by another kernel, which rounds otherwise: never one here.
     company = asyncio.ensure_future(long_stories(url, model))
     numbers = iter(range(QUESTIONS))
@@ -195,6 +198,8 @@ def against_predict(
 ) -> dict[str, list[dict[str, float]]]:
     """What 16 threads that call `predict` get, and 16 clients, whole and streamed, in turns."""
     measured: dict[str, list[dict[str, float]]] = {"predict": [], "whole": [], "streamed": []}
+    if not rounds:
+        return measured
     with contextlib.closing(Worker("threads", uri)) as threads:
         for number in range(rounds + 1):
             for name, found in measured.items():
@@ -207,6 +212,7 @@ def against_predict(
                     figure = {"tokens_per_s": tokens / seconds, "cpu_ms": 1000 * cpu_s / tokens}
                 if number:  # the first round warms up
                     found.append(figure)
+                    report(f"16 at once, {name}: {figure}")
     return measured
 
 
@@ -256,7 +262,7 @@ def main() -> None:
     default = "models:/smollm2-135m-instruct-cpu-int4-rtn-block-32-acc-level-4-chat@champion"
     parser.add_argument("--uri", default=default)
     parser.add_argument("--seconds", type=float, default=20, help="of each load")
-    parser.add_argument("--rounds", type=int, default=5, help="against predict")
+    parser.add_argument("--rounds", type=int, default=5, help="against predict; 0 leaves it out")
     parser.add_argument("--peer", action="append", default=[], help="name=URL of its /v1")
     parser.add_argument("--soak", type=float, default=0, help="seconds; nothing else is measured")
     parser.add_argument("--clients", type=int, default=32, help="of a soak")
@@ -298,7 +304,7 @@ def show(
             for load, result in loaded.items()
         ]
         console.print(table(server, columns, rows))
-    for name in ("whole", "streamed"):
+    for name in ("whole", "streamed") if speeds["predict"] else ():
         speed = ratio(speeds[name], speeds["predict"], "tokens_per_s")
         cost = ratio(speeds[name], speeds["predict"], "cpu_ms")
         words = f"16 clients, {name}: {speed:.3f} of the tokens/s of predict from 16 threads"

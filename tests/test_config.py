@@ -55,7 +55,8 @@ def test_every_gate_of_a_model_replaces_one_of_the_evaluation(file: Path) -> Non
 
 def test_mlproject_passes_every_parameter_that_it_declares() -> None:
     for name, entry_point in ENTRY_POINTS.items():
-        of_any_model = {"score": {"model_uri"}, "clean": set(), "choose": {"model", "ladder"}}
+        of_any_model = {"score": {"model_uri"}, "serve": {"model_uri"}, "clean": set()}
+        of_any_model["choose"] = {"model", "ladder"}
         own = of_any_model.get(name, {"model", "target"})
         assert own | {"overrides"} <= entry_point["parameters"].keys()
         flags = " ".join(

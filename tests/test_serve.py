@@ -20,8 +20,9 @@ import openai
 import pytest
 
 from slm.config import ROOT, Interface
-from slm.errors import InputError
+from slm.errors import InputError, StepError
 from tests.conftest import MODEL, TARGET, Packaged, Project, copy_store, log_onnx, tracking
+from tests.test_seal import write_keys
 from tests.test_tools import HERMES, with_template
 
 CHAT, PROMPT = (f"{MODEL}-{TARGET}-{interface}" for interface in ("chat", "prompt"))
@@ -243,11 +244,11 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_rows(server: Ser
     connection.request("POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {KEY}"})
     response = connection.getresponse()
     response.read(20)
+    wait_until(lambda: server.figure("sequences_running") == 4)
+    assert server.figure("sequences_waiting") == 40
     status, answer, headers = server.ask("POST", "/v1/chat/completions", chat(FRANCE))
     assert status == 429 and answer["error"]["code"] == "rate_limit_exceeded"
     assert int(headers["retry-after"]) >= 1
-    wait_until(lambda: server.figure("sequences_running") == 4)
-    assert server.figure("sequences_waiting") == 40
     response.close()
     connection.close()
     wait_until(lambda: server.figure("sequences_running") == 0)
@@ -377,3 +378,11 @@ def test_what_keeps_a_server_from_starting_is_told(
 ) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
         packaged.call("serve", "port=0", *overrides)
+
+
+def test_an_unsigned_model_is_not_served_where_a_key_is_configured(
+    packaged: Packaged, tmp_path: Path
+) -> None:
+    key = f"signing.public_key={write_keys(tmp_path, 'own').public_key}"
+    with pytest.raises(StepError, match="it has no model.sig"):
+        packaged.call("serve", "port=0", f"model_uri=models:/{CHAT}@champion", key)

@@ -15,6 +15,7 @@ from slm.serving.models import Served
 if TYPE_CHECKING:
     from slm.serving.service import Service
 
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 SILENCE_S = 15.0  # after which a stream that waits says that it is alive
 SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold it back
 
@@ -138,7 +139,7 @@ def flag(values: Any, name: str) -> bool:
 
 def data(value: dict[str, Any]) -> bytes:
     """A server-sent event: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
-    return b"data: %b\n\n" % json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"data: %b\n\n" % encode(value).encode()
 
 
 async def watch_client(receive: Receive, inbox: Inbox) -> None:
