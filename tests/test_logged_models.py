@@ -401,7 +401,7 @@ def test_two_versions_in_one_process_run_their_own_code(
     for name in ("first", "second"):
         package = shutil.copytree(log_pyfunc.PACKAGE, tmp_path / name / "slm_pyfunc")
         entry = package / "chat.py"
-        entry.write_text(entry.read_text().replace('"object": kind,', f'"object": "{name}",'))
+        entry.write_text(entry.read_text().replace('"chat.completion", self', f'"{name}", self'))
         with tracking(project), monkeypatch.context() as patched:
             patched.setattr(log_pyfunc, "PACKAGE", package)
             [logged] = log_onnx(tiny_onnx, 4, Interface.chat)

@@ -31,7 +31,7 @@ MANIFEST = Manifest("m", "prompt", None, None, {"seed": 0}, None, "", ["prompt s
         ({"parameters": {"max_tokens": 0}}, "max_tokens is 0; it must be an integer of at least"),
         ({"parameters": {"seed": -1}}, "seed is -1; it must be an integer from 0"),
         ({"parameters": [1]}, "score.parameters is [1]; it must be {name: value, …}."),
-        ({"settings": {"batch": 1}}, "score.settings has cache_mb, batch; valid: threads, max"),
+        ({"settings": {"batch": 1}}, "score.settings has batch; valid: threads, max"),
         ({"settings": {"threads": 0}}, "threads is 0; it must be an integer of at least 1"),
         ({"rows_per_part": 0}, "score.rows_per_part is 0; it must be at least 1"),
     ],

@@ -4,6 +4,8 @@ import json
 import os
 import shlex
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote
 
@@ -94,7 +96,11 @@ def test_no_secret_is_found_in_anything_that_commands_leave(
     ]
     driver = [sys.executable, "-c", DRIVER, json.dumps(commands)]
     patience = {"HF_HOME": str(project.folder / "hub"), "PIP_RETRIES": "0"}
-    process = project.run(driver, **ENVIRONMENT, **patience)
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as registry:
+        threading.Thread(target=registry.serve_forever, daemon=True).start()
+        there = ENVIRONMENT["MLFLOW_REGISTRY_URI"].replace(":9", f":{registry.server_port}")
+        process = project.run(driver, **{**ENVIRONMENT, "MLFLOW_REGISTRY_URI": there}, **patience)
+        registry.shutdown()
     said = process.stdout + process.stderr
     ends = [line for line in process.stdout.splitlines() if " ended with " in line]
     done = [line.endswith(" 0") for line in ends]

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,13 +163,19 @@ def test_models_that_exist_are_registered_without_the_right_to_create_any(
 
 
 def test_a_missing_client_of_the_clouds_storage_is_one_line_that_names_the_package(
-    workspace: Workspace, catalog: str, first: Evaluation, unproven: None
+    workspace: Workspace,
+    catalog: str,
+    first: Evaluation,
+    unproven: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     workspace.catalog.files_api = False
-    with pytest.raises(
-        StepError, match=r"No module named 'boto3'. Install 'mlflow\[databricks\]=="
-    ):
-        register(first, catalog)
+    with monkeypatch.context() as patched:
+        for name in [name for name in sys.modules if name.split(".")[0] == "boto3"]:
+            patched.delitem(sys.modules, name)
+        patched.setitem(sys.modules, "boto3", None)  # as if it were not installed
+        with pytest.raises(StepError, match=r"boto3.* Install 'mlflow\[databricks\]=="):
+            register(first, catalog)
     workspace.catalog.files_api = True
     assert register(first, catalog).versions[0].version == "2"  # 1 stays pending
 

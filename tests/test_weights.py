@@ -90,7 +90,10 @@ def test_a_missing_weight_one_too_many_and_a_wrong_shape_are_named(checkpoint: P
 
 def test_an_adapter_beside_the_weights_is_refused(checkpoint: Path) -> None:
     shutil.copy(checkpoint / "model.safetensors", checkpoint / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=r"holds an adapter, adapter_model\.safetensors: merge it"):
+    with pytest.raises(
+        InputError,
+        match=r"holds an adapter, adapter_model\.safetensors, beside its weights: put it",
+    ):
         require_weights(checkpoint, "x")
 
 
