@@ -70,6 +70,26 @@ def test_more_prompts_than_rows_and_long_ones_among_them(onnx: Path, prompts: li
     assert answers[5][0].prompt_tokens > 700
 
 
+def test_a_row_with_company_leaves_a_prompt_that_is_half_read_as_it_is(
+    onnx: Path, runtime: Runtime, prompts: list[str]
+) -> None:
+    config = json.loads((onnx / "genai_config.json").read_text())
+    first, second = (runtime.tokenizer.encode(prompt) for prompt in prompts[:2])
+    found = []
+    for company in (False, True):
+        decoder = BatchDecoder(onnx, config, 2, 4, 0)
+        decoder.needs_company = company
+        row = decoder.open(first, 100)
+        decoder.extend(row, first)
+        other = decoder.open(second, 100)
+        decoder.extend(other, second[len(other.tokens) : -9])
+        [logits] = decoder.step([row], [1])
+        assert isinstance(logits, np.ndarray)
+        found.append((decoder.extend(other, second[-9:]).copy(), logits))
+    assert np.array_equal(found[0][0], found[1][0])
+    assert np.allclose(found[0][1], found[1][1], atol=0.05)
+
+
 def test_the_generators_of_onnxruntime_genai_agree_with_the_batch(
     onnx: Path, runtime: Runtime, prompts: list[str]
 ) -> None:

@@ -30,7 +30,8 @@ class BatchDecoder:
 
     Keys and values are float arrays [rows, heads, capacity, head size] per layer, which
     GroupQueryAttention updates in place: sequences of any length share a call, because it takes the
-    length of each from the attention mask. Rows in use are the first ones, without gaps. A row's
+    length of each from the attention mask. Rows in use are the first ones, without gaps. Where the
+    CPU has another kernel for one row, which rounds otherwise, a row alone has company. A row's
     logits are the same to the bit whatever else is in the batch, and whether its prompt was cached
     or not; only the keys and values of a past answer, computed token by token, are rounded
     otherwise than a prompt's (`cache_mb` 0 does without them).
@@ -79,6 +80,7 @@ class BatchDecoder:
         self.arrays: list[np.ndarray] = []
         self.bound: dict[tuple[int, int], Bound] = {}  # by the first row and their number
         self.prefixes = Prefixes(int(cache_mb * 1e6))
+        self.needs_company = not self.rounds_alike()
 
     def open(self, prompt: list[int], length: int) -> Row:
         self.reserve(length)
@@ -110,7 +112,7 @@ class BatchDecoder:
             row.tokens.append(token)
         neighbours = sorted(rows, key=lambda row: row.state)
         try:
-            logits = self.run(neighbours, np.array([[row.tokens[-1]] for row in neighbours]))
+            logits = self.next_logits(neighbours)
         except Exception as error:  # perhaps of one row
             return [self.step_alone(row) for row in rows] if len(rows) > 1 else [error]
         return [logits[row.state - neighbours[0].state, -1] for row in rows]
@@ -118,9 +120,33 @@ class BatchDecoder:
     def step_alone(self, row: Row) -> np.ndarray | Exception:
         """The row's logits, computed after a batch failed, or its error."""
         try:
-            return self.run([row], np.array([row.tokens[-1:]]))[0, -1].copy()
+            return self.next_logits([row])[0, -1].copy()
         except Exception as error:
             return error
+
+    def next_logits(self, rows: list[Row]) -> np.ndarray:
+        """Run the last token of neighbouring rows: float32 [rows, 1, vocabulary]."""
+        if len(rows) == 1 and self.needs_company:
+            rows = [*rows, self.beside(rows[0])]
+        return self.run(rows, np.array([row.tokens[-1:] for row in rows]))
+
+    def beside(self, row: Row) -> Row:
+        """Company for a row: a token after the end of the next one, which its own will replace."""
+        state = row.state + 1
+        tokens = self.rows[state].tokens if state < len(self.rows) else []
+        return Row(state=state, tokens=[*tokens[: self.capacity - 1], 0])
+
+    def rounds_alike(self) -> bool:
+        """Whether a row's logits are the same alone and beside another, on this CPU.
+
+        ONNX Runtime 1.32 has a kernel of its own for one row where there is AVX2 and no AVX-512.
+        """
+        self.reserve(1)
+        pair = [Row(state=0, tokens=[0]), Row(state=1, tokens=[0])]
+        alone = self.run(pair[:1], np.array([[0]]))[0].copy()
+        alike = np.array_equal(alone, self.run(pair, np.array([[0], [0]]))[0])
+        self.clear()
+        return alike
 
     def close(self, row: Row) -> None:
         gap, last = row.state, len(self.rows) - 1
