@@ -23,6 +23,8 @@ from steps.log_pyfunc import Packaging, log_interface, runtime_requirements
 from tests.checkpoints import write_tiny, write_tokenizer
 from tests.conftest import Project, composed, tracking
 
+pytestmark = pytest.mark.xdist_group("bundle")  # its fixtures once, not in every process
+
 CUDA = "cuda-int4-rtn-block-32"
 CPU, PLAIN = "cpu-int4-rtn-block-32-acc-level-4", "cpu-int4-rtn-block-32"
 TOKENS = list(range(5, 40))

@@ -25,6 +25,8 @@ from tests.conftest import MODEL, TARGET, Packaged, Project, copy_store, log_onn
 from tests.test_seal import write_keys
 from tests.test_tools import HERMES, with_template
 
+pytestmark = pytest.mark.xdist_group("serve")  # its fixtures once, not in every process
+
 CHAT, PROMPT = (f"{MODEL}-{TARGET}-{interface}" for interface in ("chat", "prompt"))
 KEY = "a-key-of-the-test"
 JSON = {"Content_Type": "application/json"}

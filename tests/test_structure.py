@@ -26,6 +26,8 @@ from tests.conftest import composed
 from tests.test_fetch import fetched
 from tests.test_parity import request_of
 
+pytestmark = pytest.mark.xdist_group("structure")  # its fixtures once, not in every process
+
 TARGETS = sorted(path.stem for path in (CONF / "target").glob("*.yaml"))
 DEFAULT = "cpu-int4-rtn-block-32-acc-level-4"
 MIXED = "cpu-int4-mixed-acc-level-4"
