@@ -133,8 +133,8 @@ class BatchDecoder:
     def beside(self, row: Row) -> Row:
         """Company for a row: a token after the end of the next one, which its own will replace."""
         state = row.state + 1
-        tokens = self.rows[state].tokens if state < len(self.rows) else []
-        return Row(state=state, tokens=[*tokens[: self.capacity - 1], 0])
+        used = len(self.rows[state].tokens) if state < len(self.rows) else 0
+        return Row(state=state, tokens=[0] * min(used + 1, self.capacity))
 
     def rounds_alike(self) -> bool:
         """Whether a row's logits are the same alone and beside another, on this CPU.
