@@ -29,19 +29,6 @@ def rss_mb() -> float:
     return psutil.Process().memory_info().rss / 1e6
 
 
-def available_mb() -> float:
-    """What this process may still take up, in MB: the machine's, and its cgroup's (version 2)."""
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        files = re.search(
-            r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE
-        )
-        free = min(free, limit - used + int(files.group(1) if files else 0))
-    return free / 1e6
-
-
 def peak_with_children_mb() -> float:
     """The largest peak of this program and of the processes that it started and that ended, in MB.
 
@@ -57,8 +44,6 @@ def available_memory_gb(system: Path = Path("/")) -> float:
 
     `system` is where /proc and /sys lie.
     """
-    import psutil
-
     return min([psutil.virtual_memory().available / 1e9, *left_in_cgroups(system)])
 
 

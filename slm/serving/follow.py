@@ -5,7 +5,7 @@ import logging
 
 from slm.config import Config
 from slm.errors import StepError, one_line
-from slm.running.memory import available_mb
+from slm.running.memory import available_memory_gb
 from slm.serving.models import Served, alias_of, load, pinned_uri
 from slm.serving.service import Service
 
@@ -53,7 +53,7 @@ class Follower:
     def next(self, served: Served) -> Served:
         """The version that the alias names now, loaded beside the one that serves."""
         needed = HEADROOM * max(served.resident_mb, served.model.size_mb)
-        if (free := available_mb()) < needed:
+        if (free := 1000 * available_memory_gb()) < needed:
             raise StepError(
                 f"{served.uri} names another version, and there is no memory for two: "
                 f"{needed:.0f} MB are needed, {free:.0f} are free. Start the server again."
