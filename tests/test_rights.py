@@ -96,7 +96,10 @@ def test_what_is_downloaded_goes_with_the_process(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     act_as(monkeypatch, *ADMIN)
     mlflow.set_experiment("tests")
-    folder = local_path(log_tiny("downloaded", "chat", TARGET).uri, "model_uri", "register")
+    uri, own = log_tiny("downloaded", "chat", TARGET).uri, tmp_path / "own"
+    own.mkdir()
+    assert local_path(uri, "model_uri", "register", own).is_relative_to(own)
+    folder = local_path(uri, "model_uri", "register")
     assert (folder / "MLmodel").is_file() and folder.is_relative_to(downloads().name)
     downloads().cleanup()
     downloads.cache_clear()

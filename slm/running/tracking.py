@@ -282,8 +282,11 @@ def log_parameters(
     mlflow.log_params({re.sub(r"[^\w./ :-]", "_", k): redacted(str(v)) for k, v in logged.items()})
 
 
-def local_path(uri: str | None, parameter: str, made_by: str) -> Path:
-    """Resolve what the step before handed on: a path, or a URI that MLflow can download."""
+def local_path(uri: str | None, parameter: str, made_by: str, into: Path | None = None) -> Path:
+    """Resolve what the step before handed on: a path, or a URI that MLflow can download.
+
+    What is downloaded lies in `into`, or lasts as long as this process.
+    """
     if not uri:
         raise InputError(
             f"{parameter} is missing: pass the URI that {made_by} ended with, as {parameter}=<uri>."
@@ -294,8 +297,8 @@ def local_path(uri: str | None, parameter: str, made_by: str) -> Path:
     if path.exists():
         return path
     if "://" in uri or uri.startswith(("models:/", "runs:/", "dbfs:/")):
-        before, tempfile.tempdir = tempfile.tempdir, downloads().name  # MLflow leaves them
-        try:
+        before, tempfile.tempdir = tempfile.tempdir, str(into or downloads().name)
+        try:  # MLflow makes a temporary folder, and leaves it; of a local store it copies nothing
             return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
         finally:
             tempfile.tempdir = before

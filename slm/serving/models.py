@@ -129,8 +129,7 @@ def load(uri: str, signing: Signing, settings: dict[str, Any]) -> Served:
     downloads = Path(tempfile.mkdtemp(prefix="slm-serve-"))
     try:
         pinned, version = pinned_uri(uri)
-        with downloading_to(downloads):
-            folder = local_path(pinned, "model_uri", "register")
+        folder = local_path(pinned, "model_uri", "register", downloads)
         model = LoggedModel.load(str(folder))
         require_signed([str(folder)], signing)
         own = settings if model.is_onnx else {}
@@ -160,16 +159,6 @@ def alias_of(uri: str) -> tuple[str, str] | None:
     """Registered name and alias of models:/name@alias."""
     found = re.fullmatch(r"models:/([^@]+)@(.+)", uri)
     return (found[1], found[2]) if found else None
-
-
-@contextlib.contextmanager
-def downloading_to(folder: Path) -> Iterator[None]:
-    """Meanwhile MLflow downloads into the folder; it copies nothing out of a local store."""
-    before, tempfile.tempdir = tempfile.tempdir, str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
 
 
 def name_of(uri: str, model: LoggedModel) -> str:
