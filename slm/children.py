@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlflow
-from hydra.core.hydra_config import HydraConfig
 from mlflow.exceptions import ExecutionException
-from omegaconf import OmegaConf
 
 from slm.config import ROOT, Config
 from slm.errors import InfrastructureError, StepError, ToldError, UserError, is_away
 from slm.planning import require_room
 from slm.records import from_json
-from slm.running.chain import Link, is_of_target, kept, of_target, pipeline
+from slm.running.chain import Link, given_overrides, is_of_target, kept, of_target, pipeline
 from slm.running.killed import was_killed
 from slm.running.run import Ask
 from slm.running.summary import note_step
@@ -143,17 +141,3 @@ def overrides_for_children() -> list[str]:
         "model", "target", "summary", "ladder", "budget", "objective", "preflight"
     )
     return [*theirs, "preflight=off"]
-
-
-def given_overrides(*without: str) -> list[str]:
-    """The overrides of this command and where it looks for conf/, `without` those of some keys.
-
-    What is below these keys stays: `model.source=…` without `model=…`.
-    """
-    hydra = HydraConfig.get()
-    search_path = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
-    own_conf = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    search_path += [f"hydra.searchpath=[file://{path}]" for path in own_conf]
-    dropped = tuple(f"{name}=" for name in without)
-    given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
-    return [*search_path, *(o for o in given if not o.startswith(dropped))]

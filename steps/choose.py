@@ -15,7 +15,7 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from mlflow import MlflowClient
 
-from slm.children import Chain, given_overrides, overrides_for_children
+from slm.children import Chain, overrides_for_children
 from slm.config import Config, Gate, Objective
 from slm.errors import (
     InputError,
@@ -33,6 +33,7 @@ from slm.evaluation.summary import next_lines, show
 from slm.records import Registration
 from slm.registry.kinds import require_registry, tag_limit
 from slm.registry.names import CHOSEN, cut
+from slm.running.chain import given_overrides
 from slm.running.command import entry_point, heed_another_source, typed
 from slm.running.summary import job, note, worst
 from slm.running.tracking import mlflow_run

@@ -102,18 +102,28 @@ def of_target(config: Config, target: str) -> Config:
     """The configuration with another target of conf/, to which no override of target.… applies."""
     if not target:
         return config
-    hydra = HydraConfig.get()
-    search_path = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
-    task = [o for o in hydra.overrides.task if not is_of_target(o)]
+    others = [override for override in given_overrides() if not is_of_target(override)]
     try:
-        composed = OmegaConf.to_object(
-            compose("config", [*search_path, *task, f"target={target}"]).target
-        )
+        composed = OmegaConf.to_object(compose("config", [*others, f"target={target}"]).target)
     except HydraException as error:
         known = ", ".join(sorted(path.stem for path in (CONF / "target").glob("*.yaml")))
         raise InputError(f"log_pyfunc.targets has {target}; valid: {known}.") from error
     assert isinstance(composed, Target)
     return replace(config, target=composed)
+
+
+def given_overrides(*without: str) -> list[str]:
+    """The overrides of this command and where it looks for conf/, `without` those of some keys.
+
+    What is below these keys stays: `model.source=…` without `model=…`.
+    """
+    hydra = HydraConfig.get()
+    search_path = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
+    own_conf = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
+    search_path += [f"hydra.searchpath=[file://{path}]" for path in own_conf]
+    dropped = tuple(f"{name}=" for name in without)
+    given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    return [*search_path, *(o for o in given if not o.startswith(dropped))]
 
 
 def is_of_target(override: str) -> bool:
