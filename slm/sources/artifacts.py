@@ -196,7 +196,12 @@ def explained(shown: str) -> Iterator[None]:
 
 def store_error(shown: str, error: Exception) -> UserError:
     """What an error of a store's client means for the user."""
-    said, status = one_line(error)[:300], status_of(error)
+    # Not in requests' own words, by which `main` knows that its tracking server went away.
+    cause = getattr(next(iter(error.args), None), "reason", None)
+    said, status = (
+        one_line(cause if isinstance(cause, Exception) else error)[:300],
+        status_of(error),
+    )
     if status in (401, 403) or "credentials" in said.lower():
         return InputError(
             f"you may not read {shown}: {said}. Check the credentials that its client finds "
