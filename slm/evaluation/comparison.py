@@ -10,13 +10,12 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, select_autoescape
 from rich.console import Console
 
 from slm.config import Gate
 from slm.digests import digest_of
 from slm.evaluation.metrics import metric_named
-from slm.evaluation.report import formatted, svg
+from slm.evaluation.report import formatted, svg, templates
 from slm.evaluation.summary import table
 from slm.running.summary import Summary
 from slm.running.whole import write_whole
@@ -115,21 +114,18 @@ def publish(found: Comparison, folder: Path) -> Path:
     figure = drawn(found)
     if figure is not None:
         figure.savefig(place / "pareto.png", dpi=120)
-    page, settings = (
-        place / "comparison.html",
-        Environment(
-            loader=FileSystemLoader(Path(__file__).parent),
-            autoescape=select_autoescape(["html.j2"]),
-            trim_blocks=True,
-        ),
-    )
+    page = place / "comparison.html"
     columns = {SHORT[name]: metric_named(name) for name in COLUMNS}
-    html = settings.get_template("comparison.html.j2").render(
-        found=found,
-        columns=columns,
-        plot=svg(figure) if figure is not None else "",
-        formatted=formatted,
-        verdict_of=verdict_of,
+    html = (
+        templates()
+        .get_template("comparison.html.j2")
+        .render(
+            found=found,
+            columns=columns,
+            plot=svg(figure) if figure is not None else "",
+            formatted=formatted,
+            verdict_of=verdict_of,
+        )
     )
     write_whole(page, html)
     write_whole(place / "comparison.json", json.dumps(record, indent=2, default=enum_value) + "\n")

@@ -32,15 +32,20 @@ class About:
     provenance: Provenance
 
 
-def write_report(
-    evaluation: Evaluation, about: About, config: Config, folder: Path
-) -> tuple[Path, str]:
-    """Write report.html and model_card.md; return the report's path and the card's text."""
-    environment = Environment(
+def templates() -> Environment:
+    """The templates beside this file; what they show in HTML is escaped."""
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(["html.j2"]),
         trim_blocks=True,
     )
+
+
+def write_report(
+    evaluation: Evaluation, about: About, config: Config, folder: Path
+) -> tuple[Path, str]:
+    """Write report.html and model_card.md; return the report's path and the card's text."""
+    environment = templates()
     facts = {
         "evaluation": evaluation,
         "about": about,

@@ -15,13 +15,9 @@ import onnx_ir as ir
 
 from slm.config import ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import StepError
-from slm.sources.weights import read_tensors
+from slm.sources.weights import BITS, are_finite, read_tensors
 
-FLOATS = {
-    ir.DataType.FLOAT: (np.uint32, 0x7F800000),  # how it is stored, and the bits of infinity
-    ir.DataType.FLOAT16: (np.uint16, 0x7C00),
-    ir.DataType.BFLOAT16: (np.uint16, 0x7F80),
-}
+FLOATS = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}
 AT_ONCE = 2**23  # bytes
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "Conv")
 # What a weight may go through on the way to its product.
@@ -247,7 +243,7 @@ def wrong_weights(onnx: Path, graph: ir.Graph) -> Iterator[str]:
                     continue
             if tensor is None or tensor.dtype not in FLOATS:
                 continue
-            if not all(is_finite(piece, tensor.dtype) for piece in pieces(onnx, tensor)):
+            if not are_finite(pieces(onnx, tensor), FLOATS[tensor.dtype]):
                 yield f"{name} holds NaN or infinity"
             elif name in scales and not (tensor.numpy().astype(np.float32) > 0).all():
                 yield f"{name} holds scales that are not above 0, which TensorRT refuses"
@@ -260,7 +256,7 @@ def graphs_of(node: ir.Node) -> list[ir.Graph]:
 
 def pieces(onnx: Path, tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
     """A tensor of floats as the integers that it is stored as."""
-    kind = FLOATS[tensor.dtype][0]
+    kind, _ = BITS[FLOATS[tensor.dtype]]
     if not isinstance(tensor, ir.ExternalTensor):
         yield np.frombuffer(tensor.tobytes(), kind)
         return
@@ -271,11 +267,6 @@ def pieces(onnx: Path, tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
             piece = file.read(min(left, AT_ONCE))
             left -= len(piece)
             yield np.frombuffer(piece, kind)
-
-
-def is_finite(piece: np.ndarray, kind: ir.DataType) -> bool:
-    infinity = FLOATS[kind][1]
-    return not ((piece & infinity) == infinity).any()
 
 
 def one_of(values: set[Any]) -> str:

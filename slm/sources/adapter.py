@@ -4,7 +4,6 @@ PEFT itself merges, one module at a time over memory-mapped weights, so that mem
 and a shard and never the model. The result is that of its `merge_and_unload`, to the bit.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -368,5 +367,4 @@ def write_shards(weights: Iterator[tuple[str, Any]], out: Path) -> None:
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         (out / f"shard-{number}.safetensors").rename(out / file)
         place |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": place}
-    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": place})

@@ -42,10 +42,8 @@ class Folder:
             return None
         path = ROOT / Path(uri).expanduser()
         if path.suffix == ".gguf" and path.is_file():
-            folder, taken = (
-                path.parent,
-                [path.name, *template_beside(path.name, files_in(path.parent))],
-            )
+            folder = path.parent
+            taken = [path.name, *template_beside(path.name, files_in(folder))]
         elif path.is_dir():
             folder, taken = path, taken_names(files_in(path), uri, model, lambda n: str(path / n))
         else:

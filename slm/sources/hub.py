@@ -1,5 +1,6 @@
 """A checkpoint at the Hugging Face hub, and the hub's errors in words that name the cure."""
 
+import functools
 import logging
 import re
 from dataclasses import dataclass
@@ -89,14 +90,19 @@ class Hub:
             raise InputError(f"{self.uri} has no {self.file}; its GGUF files: {ggufs}.")
         return [self.file, *template_beside(self.file, names)]
 
+    @functools.cached_property
+    def info(self) -> Any:
+        """What the hub says of the commit, asked once; UnreachableError without the hub."""
+        return hub_info(self.name, self.revision, files_metadata=True)
+
     def files(self) -> list[Any]:
         """All files of the commit: `rfilename`, `size`, and `lfs` of large ones."""
-        return hub_info(self.name, self.revision, files_metadata=True).siblings
+        return self.info.siblings
 
     def licence(self) -> str | None:
         """As the model's card states it; None without the hub."""
         try:
-            return (hub_info(self.name, self.revision).card_data or {}).get("license")
+            return (self.info.card_data or {}).get("license")
         except UnreachableError:
             return None
 

@@ -9,7 +9,14 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 from slm.errors import InputError, UnreachableError
 from slm.sources.artifacts import Listed, explained
-from slm.sources.verify import INDEX, WANTED, require_inside
+from slm.sources.verify import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    WANTED,
+    WHOLE,
+    require_inside,
+)
 
 log = logging.getLogger("slm.sources")
 
@@ -40,12 +47,7 @@ class Web:
             if names:
                 return {name: found for name in names if (found := self.look(name))}
             plain = [name for name in WANTED if "*" not in name]
-            plain += [
-                "model.safetensors",
-                INDEX,
-                "adapter_config.json",
-                "adapter_model.safetensors",
-            ]
+            plain += [WHOLE, INDEX, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
             known = {name: found for name in plain if (found := self.look(name))}
             if INDEX in known:
                 index = json.loads(self.read(known[INDEX]))

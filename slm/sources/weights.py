@@ -202,10 +202,13 @@ def require_rows(checkpoint: Path, rows: int, source: str) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no number is NaN or infinite; integers are."""
-    if tensor.dtype not in BITS:
-        return True
-    kind, mask = BITS[tensor.dtype]
-    return not any((piece & kind(mask) == kind(mask)).any() for piece in tensor.pieces())
+    return tensor.dtype not in BITS or are_finite(tensor.pieces(), tensor.dtype)
+
+
+def are_finite(pieces: Iterable[np.ndarray], dtype: str) -> bool:
+    """Whether none of the numbers, as unsigned integers of a type of BITS, is NaN or infinite."""
+    kind, mask = BITS[dtype]
+    return not any((piece & kind(mask) == kind(mask)).any() for piece in pieces)
 
 
 def are_equal(first: Tensor, second: Tensor) -> bool:
