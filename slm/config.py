@@ -694,8 +694,9 @@ class Config:
             raise InputError(f"port is {self.port}; it must be from 0 to 65535.")
         if isinstance(self.candidate, str):
             self.candidate = uris_of(self.candidate)
-        if isinstance(self.source, str) and self.source.startswith("["):
-            self.source = json.loads(self.source)
+        for key in ("source", "model_uri"):
+            if isinstance(value := getattr(self, key), str) and value.startswith("["):
+                setattr(self, key, json.loads(value))
         if isinstance(self.force, str):
             self.force = re.split(r"[,\s]+", self.force.strip())
         self.force = self.force or []

@@ -43,7 +43,7 @@ class Answering(Response):
         inbox = service.inbox()
         self.start, self.first = time.monotonic(), 0.0
         limit_s = service.settings.timeout_s
-        alarm = loop.call_later(limit_s, lambda: inbox.drop(took_too_long(limit_s)))
+        alarm = loop.call_later(limit_s, lambda: inbox.receive(took_too_long(limit_s)))
         watch = loop.create_task(watch_client(receive, inbox))
         service.inboxes.add(inbox)
         answer: Any = None
@@ -145,4 +145,4 @@ def data(value: dict[str, Any]) -> bytes:
 async def watch_client(receive: Receive, inbox: Inbox) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    inbox.drop(Left())
+    inbox.receive(Left())

@@ -27,7 +27,7 @@ class Courier:
         self.called = False  # before the first is taken: what comes later calls again
         while self.events:
             inbox, event = self.events.popleft()
-            inbox.drop(event)
+            inbox.receive(event)
 
 
 class Inbox:
@@ -42,7 +42,7 @@ class Inbox:
         """From any thread."""
         self.courier.bring(self, event)
 
-    def drop(self, event: Any) -> None:
+    def receive(self, event: Any) -> None:
         """From the loop's own thread."""
         self.events.append(event)
         self.wake()

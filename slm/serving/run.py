@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -124,9 +123,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def uris_of(given: Any) -> list[str]:
-    """The URIs in `model_uri`: one, a list, or a list as JSON."""
-    if isinstance(given, str) and given.startswith("["):
-        given = json.loads(given)
+    """The URIs in `model_uri`: one, or a list."""
     uris = [given] if isinstance(given, str) else list(given or [])
     if not uris:
         raise InputError(

@@ -104,7 +104,7 @@ class Service:
     def stop(self) -> None:
         """End what is still under way; from the loop's thread."""
         for inbox in list(self.inboxes):
-            inbox.drop(not_now("the server stops: ask again later", "server_stops"))
+            inbox.receive(not_now("the server stops: ask again later", "server_stops"))
 
 
 def application(service: Service) -> "Guard":
@@ -233,16 +233,16 @@ async def read_body(request: Request, max_mb: float) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise too_large
-    parts: list[bytes] = []
+    body = bytearray()
     try:
         async with asyncio.timeout(BODY_S):
             async for part in request.stream():
-                parts.append(part)
-                if sum(map(len, parts)) > limit:
+                body += part
+                if len(body) > limit:
                     raise too_large
     except TimeoutError as error:
         raise ApiError(408, f"the body did not arrive in {BODY_S} s") from error
-    return b"".join(parts)
+    return bytes(body)
 
 
 def read_json(data: bytes) -> dict[str, Any]:
