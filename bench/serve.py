@@ -132,8 +132,6 @@ async def soak(
     # Every row takes up what memory it may, so that more is a leak.
     stories = (question(i, model, SMALL - 100, "At length: ") for i in range(SMALL_ROWS))
     await asyncio.gather(*(ask(url, story) for story in stories))
-    # Some CPUs compute a batch of one by another kernel, which rounds otherwise: never one here.
-    company = asyncio.ensure_future(long_stories(url, model))
     numbers = iter(range(QUESTIONS))
     await asyncio.gather(*(learn(numbers) for _ in range(8)))
 
@@ -172,7 +170,6 @@ async def soak(
     watching = asyncio.ensure_future(watch())
     await closed_loop(clients, seconds, request)
     watching.cancel()
-    company.cancel()
     half = memory[len(memory) // 2 :]
     grown = max(half) - half[0]
     memory_mb = [half[0], max(half)]
@@ -181,11 +178,6 @@ async def soak(
 
 # Kinds of requests, and the chance below which one is of the kind.
 FAULTS = {"leaves": 0.10, "bad body": 0.15, "at the limit": 0.16, "right": 1.0}
-
-
-async def long_stories(url: str, model: str) -> None:
-    while True:
-        await ask(url, question(0, model, SMALL - 100, "At length: "))
 
 
 async def prompt_tokens(url: str, body: dict[str, Any]) -> int:
