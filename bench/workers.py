@@ -25,6 +25,9 @@ Figures = Iterator[dict[str, Any]]
 THINGS = "lighthouse market train library garden storm bridge river forest desert city ship school"
 TOPICS = [f"the {thing}" for thing in (*THINGS.split(), "mountain", "bakery", "island")]
 NEW_TOKENS = 128
+QUESTION = f"Write a very long story about {TOPICS[0]}."
+LICENCE = (Path(__file__).parents[1] / "LICENSE").read_text()
+LONG = {512: 2300, 1024: 4800}  # about so many tokens, in characters of it
 
 
 def bare(folder: str, threads: str) -> Figures:
@@ -39,8 +42,8 @@ def bare(folder: str, threads: str) -> Figures:
     model = og.Model(config)
     tokenizer = og.Tokenizer(model)
 
-    def answer(new_tokens: int) -> int:
-        messages = json.dumps(question(TOPICS[0]))
+    def answer(new_tokens: int, text: str = QUESTION) -> tuple[int, int]:
+        messages = json.dumps(asked(text))
         prompt = tokenizer.encode(
             tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         )
@@ -53,7 +56,7 @@ def bare(folder: str, threads: str) -> Figures:
             generator.generate_next_token()
             stream.decode(generator.get_next_tokens()[0])
             tokens += 1
-        return tokens
+        return len(prompt), tokens
 
     yield from answers(answer, start)
 
@@ -65,9 +68,10 @@ def chat(folder: str, quiet: str = "") -> Figures:
     start = time.perf_counter()
     model = mlflow.pyfunc.load_model(folder, bool(quiet), model_config={"cache_mb": 0})
 
-    def answer(new_tokens: int) -> int:
-        request = {"messages": question(TOPICS[0]), "max_tokens": new_tokens, "temperature": 0.0}
-        return model.predict(request)["usage"]["completion_tokens"]
+    def answer(new_tokens: int, text: str = QUESTION) -> tuple[int, int]:
+        request = {"messages": asked(text), "max_tokens": new_tokens, "temperature": 0.0}
+        usage = model.predict(request)["usage"]
+        return usage["prompt_tokens"], usage["completion_tokens"]
 
     yield from answers(answer, start)
 
@@ -79,9 +83,9 @@ def transformers(folder: str) -> Figures:
     start = time.perf_counter()
     model = mlflow.pyfunc.load_model(folder, model_config={"do_sample": False})
 
-    def answer(new_tokens: int) -> int:
-        request = {"messages": question(TOPICS[0]), "max_tokens": new_tokens}
-        return model.predict(request)[0]["usage"]["completion_tokens"]
+    def answer(new_tokens: int, text: str = QUESTION) -> tuple[int, int]:
+        usage = model.predict({"messages": asked(text), "max_tokens": new_tokens})[0]["usage"]
+        return usage["prompt_tokens"], usage["completion_tokens"]
 
     yield from answers(answer, start)
 
@@ -93,12 +97,12 @@ def llama_cpp(gguf: str, threads: str) -> Figures:
 
     model = Llama(gguf, n_threads=int(threads), n_ctx=2048, verbose=False)
 
-    def answer(new_tokens: int) -> int:
+    def answer(new_tokens: int, text: str = QUESTION) -> tuple[int, int]:
         model.reset()
         completion = model.create_chat_completion(
-            question(TOPICS[0]), max_tokens=new_tokens, temperature=0.0
+            asked(text), max_tokens=new_tokens, temperature=0.0
         )
-        return completion["usage"]["completion_tokens"]
+        return completion["usage"]["prompt_tokens"], completion["usage"]["completion_tokens"]
 
     yield from answers(answer, start)
 
@@ -110,27 +114,34 @@ def openvino_genai(gguf: str, threads: str) -> Figures:
 
     pipeline = openvino_genai.LLMPipeline(gguf, "CPU", INFERENCE_NUM_THREADS=int(threads))
 
-    def answer(new_tokens: int) -> int:
-        prompt = question(TOPICS[0])[0]["content"]
-        result = pipeline.generate([prompt], max_new_tokens=new_tokens, do_sample=False)
-        return result.perf_metrics.get_num_generated_tokens()
+    def answer(new_tokens: int, text: str = QUESTION) -> tuple[int, int]:
+        result = pipeline.generate([text], max_new_tokens=new_tokens, do_sample=False)
+        metrics = result.perf_metrics
+        return metrics.get_num_input_tokens(), metrics.get_num_generated_tokens()
 
     yield from answers(answer, start)
 
 
-def answers(answer: Callable[[int], int], start: float) -> Figures:
-    """Time answers of one token and of many; `answer` takes the number, returns how many came.
+def answers(answer: Callable[..., tuple[int, int]], start: float) -> Figures:
+    """Time answers of one token and of many, and long prompts.
 
-    The first figures are those of the load that began at `start`, up to the first token.
+    `answer` takes the number of tokens and a question, and returns how many tokens the prompt and
+    the answer had. The first figures are those of the load that began at `start`, up to the first
+    token.
     """
     answer(1)
     yield {"load_to_first_token_s": time.perf_counter() - start, "rss_mb": rss_mb()}
     answer(NEW_TOKENS)
-    while True:
+    for number in range(10**6):
         answer(1)  # the caches of the CPU are another worker's yet
         ttft_s = statistics.median(timed(answer, 1)[0] for _ in range(5))
-        seconds, tokens = timed(answer, NEW_TOKENS)
-        yield {"ttft_s": ttft_s, "decode_tokens_per_s": (tokens - 1) / (seconds - ttft_s)}
+        seconds, (_, tokens) = timed(answer, NEW_TOKENS)
+        figures = {"ttft_s": ttft_s, "decode_tokens_per_s": (tokens - 1) / (seconds - ttft_s)}
+        for length, characters in LONG.items():
+            text = LICENCE[101 * number % 4000 :][:characters]  # which no cache has the start of
+            seconds, (tokens, _) = timed(answer, 1, text)
+            figures[f"prompt_{length}_tokens_per_s"] = tokens / seconds
+        yield figures
 
 
 def imports() -> Figures:
@@ -244,7 +255,11 @@ def threads(uri: str) -> Figures:
 
 
 def question(topic: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": f"Write a very long story about {topic}."}]
+    return asked(f"Write a very long story about {topic}.")
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
 
 
 def timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:

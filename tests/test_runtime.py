@@ -10,22 +10,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pytest
 
 from slm.config import ROOT
+from slm.exporters.builder import make
+from slm.exporters.graph import write
+from slm.exporters.worker import silent
 from slm_pyfunc.engine.batch_decoder import BatchDecoder
 from slm_pyfunc.engine.cores import Turn, available_cores
 from slm_pyfunc.engine.generator_decoder import GeneratorDecoder
+from slm_pyfunc.engine.lookup import PromptLookup
 from slm_pyfunc.engine.runtime import Runtime
 from slm_pyfunc.engine.sampling import Sampler, candidates
 from slm_pyfunc.engine.scheduler import Busy, Completion
 from slm_pyfunc.parameters import Parameters, RequestError
+from tests.conftest import composed
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -88,6 +96,137 @@ def test_a_row_with_company_leaves_a_prompt_that_is_half_read_as_it_is(
         found.append((decoder.extend(other, second[-9:]).copy(), logits))
     assert np.array_equal(found[0][0], found[1][0])
     assert np.allclose(found[0][1], found[1][1], atol=0.05)
+
+
+def test_a_prompts_last_logits_are_those_that_scoring_gives(onnx: Path, runtime: Runtime) -> None:
+    config = json.loads((onnx / "genai_config.json").read_text())
+    decoder = BatchDecoder(onnx, config, 2, 4, 0)
+    assert decoder.keeps_last
+    tokens = runtime.tokenizer.encode("The cat sat on the mat, and the dog")
+    scored = decoder.score(tokens)
+    row = decoder.open(tokens, len(tokens))
+    computed = decoder.run([row], np.array([tokens]), last=3)
+    row.tokens = []
+    assert scored.shape == (len(tokens), decoder.vocabulary_size)
+    assert computed.shape == (1, 3, decoder.vocabulary_size)
+    np.testing.assert_allclose(decoder.extend(row, tokens), scored[-1], atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def floats(lettered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX folder in float32, whose logits do not hang on how many tokens a call has."""
+    folder, target = tmp_path_factory.mktemp("floats") / "onnx", composed("target=cpu-fp32").target
+    save = partial(write, quantizer=None, said=silent, last_logits=True)
+    make(lettered, target, target.precision, folder, save)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        Parameters(max_tokens=90),
+        Parameters(max_tokens=90, repetition_penalty=1.2),
+        Parameters(max_tokens=40, temperature=0.2, seed=7, n=1, logprobs=True, top_logprobs=2),
+    ],
+)
+def test_drafts_shorten_the_work_and_change_no_token(
+    floats: Path, parameters: Parameters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "one two three four five six seven eight nine ten " * 3
+    plain, drafting = Runtime(floats), Runtime(floats, prompt_lookup_num_tokens=8)
+    calls: list[str] = []
+
+    def counting(name: str) -> Callable[..., Any]:
+        own = getattr(BatchDecoder, name)
+
+        def counted(*arguments: Any) -> Any:
+            calls.append(name)
+            return own(*arguments)
+
+        return counted
+
+    for name in ("extend_by_draft", "step"):
+        monkeypatch.setattr(BatchDecoder, name, counting(name))
+    expected = plain.answer([text, text[:-20] + "and"], parameters)
+    calls.clear()
+    for prompt, [wanted] in zip([text, text[:-20] + "and"], expected, strict=True):
+        [[found]] = drafting.answer([prompt], parameters)
+        assert found.text == wanted.text
+        assert found.completion_tokens == wanted.completion_tokens
+        assert found.finish_reason == wanted.finish_reason
+        assert [token for token, *_ in found.logprobs] == [token for token, *_ in wanted.logprobs]
+    assert "extend_by_draft" in calls
+    if parameters.temperature == 0:
+        assert len(calls) < sum(answer.completion_tokens for [answer] in expected) * 0.8
+    turn = text + expected[0][0].text + " and then"  # begun from what the draft left in the cache
+    [[after]], [[before]] = (model.answer([turn], parameters) for model in (drafting, plain))
+    assert after.text == before.text
+
+
+def test_a_draft_is_cut_at_a_stop_string_and_at_the_last_token(floats: Path) -> None:
+    plain, drafting = Runtime(floats), Runtime(floats, prompt_lookup_num_tokens=16)
+    text = "over and over and over and over and "
+    [[whole]] = plain.answer([text], Parameters(max_tokens=48))
+    middle = whole.text[len(whole.text) // 2 :][:2]
+    for parameters in (
+        *(Parameters(max_tokens=most) for most in range(1, 24)),
+        Parameters(max_tokens=48, stop=(middle,)),
+    ):
+        [[expected]], [[found]] = (model.answer([text], parameters) for model in (plain, drafting))
+        assert found == replace(expected, cached_tokens=found.cached_tokens)
+
+
+def test_a_short_prompt_is_not_held_up_by_a_long_one_and_answers_as_alone(floats: Path) -> None:
+    alone, model = Runtime(floats, cache_mb=0), Runtime(floats, cache_mb=0)
+    long, first = "a long prompt " * 110, "the first one"
+    shorts = [f"a short prompt {number}" for number in range(5)]
+    asked = [first, long, *shorts]
+    expected = [texts(alone.answer([text], Parameters(max_tokens=30)))[0] for text in asked]
+    ended: SimpleQueue[tuple[int, str | Completion | Exception]] = SimpleQueue()
+    model.begin([first, long, *shorts], Parameters(max_tokens=30), ended, streamed=False)
+    events = [ended.get(timeout=30) for _ in asked]
+    found = {choice: event.text for choice, event in events if isinstance(event, Completion)}
+    assert [found[choice] for choice in range(len(asked))] == expected
+    assert [choice for choice, _ in events].index(1) > 2  # some short ones were answered before
+    assert len(model.tokenizer.encode(long)) > 1000
+
+
+def test_the_queue_holds_no_more_than_it_may_while_a_row_is_opened(
+    floats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Runtime(floats, max_batch_size=1, max_queue_size=1)
+    opening, go_on = threading.Event(), threading.Event()
+    own = model.scheduler.decoder.open
+
+    def slow(*args: Any) -> Any:
+        opening.set()
+        go_on.wait(30)
+        return own(*args)
+
+    monkeypatch.setattr(model.scheduler.decoder, "open", slow)
+    events: SimpleQueue[Any] = SimpleQueue()
+    asked = Parameters(max_tokens=2), events, False
+    model.begin(["first"], *asked)
+    assert opening.wait(30)
+    model.begin(["second"], *asked)
+    with pytest.raises(Busy):
+        model.begin(["third"], *asked)
+    go_on.set()
+    assert all(isinstance(events.get(timeout=30)[1], Completion) for _ in range(2))
+
+
+def test_drafts_come_from_where_the_last_tokens_stood_before() -> None:
+    lookup = PromptLookup([1, 2, 3, 4, 5, 9, 1, 2, 3], 8)
+    assert lookup.draft(8) == [4, 5]
+    assert lookup.draft(1) == [4]
+    assert lookup.draft(0) == []
+    lookup.judge(2, 2)
+    assert lookup.draft(8) == [4, 5, 9, 1]  # right ones make the next one longer
+    lookup.judge(4, 0)
+    assert lookup.draft(8) == []  # wrong ones make it pause
+    for token in [1, 2, 3] * 4:
+        lookup.push(token)
+    assert lookup.draft(8) == [1, 2]
 
 
 def test_the_generators_of_onnxruntime_genai_agree_with_the_batch(

@@ -24,6 +24,7 @@ PROBES = (
     "山脚下的小镇",
     "👍🏽 ok 😀",
 )
+SAME_LOGPROB = 0.05  # nats between a token that is answered and the same that is scored
 SYSTEM = {"role": "system", "content": "Be brief."}
 GREETING = ("Hello", "Hi!", "Who are you?")
 # Turns of user and assistant that have to render as the checkpoint's template renders them, with
@@ -58,10 +59,17 @@ def require_it_generates(onnx: Path, checkpoint: Path, target: Target) -> tuple[
             )
             return "none", 0
     differences = require_same_tokens(runtime, checkpoint)
-    prompt = runtime.render([{"role": "user", "content": "Hello"}])
-    [[answer]] = runtime.answer([prompt], Parameters(max_tokens=8))
+    tokens = runtime.encode_chat([{"role": "user", "content": "Hello"}])
+    [[answer]] = runtime.answer([tokens], Parameters(max_tokens=8, logprobs=True))
     if answer.completion_tokens == 0:
         raise StepError(f"{onnx} loads but generates nothing: the export is broken.")
+    scored = runtime.log_probabilities(tokens)[-1]
+    for token, probability, _ in answer.logprobs[:1]:  # none where it ends at once
+        if abs(probability - scored[token]) > SAME_LOGPROB:
+            raise StepError(
+                f"{onnx} answers with token {token} at a log-probability of {probability:.3f}, and "
+                f"scores it at {scored[token]:.3f}: the export is broken."
+            )
     if not np.isfinite(runtime.log_probabilities(runtime.tokenizer.encode("Hello, world!"))).all():
         raise StepError(f"{onnx} loads but its logits are not finite: the export is broken.")
     return provider, differences

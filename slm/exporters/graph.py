@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from slm.errors import StepError
+from slm.exporters.logits import keep_last
 from slm_pyfunc.engine.cores import available_cores
 
 MICROSOFT = "com.microsoft"
@@ -135,14 +136,18 @@ def write(
     quantizer: Quantizer | None,
     said: Callable[[int, int, str], None],
     put: Callable[[ir.Model, "Product", Quantizer, BinaryIO], None] | None = None,
+    last_logits: bool = False,
 ) -> None:
     """Write a model, its weights beside it in `path`.data, quantized if there is a `quantizer`.
 
-    `put` puts quantized weights in the place of floats, `quantize_product` if None. `said` is told
-    of each tensor: how many are written, of how many, and its name. Raises StepError where a weight
-    is not finite, OSError that names the tensor where it cannot be written.
+    With `last_logits` the graph can leave out those of other tokens (logits.py). `put` puts
+    quantized weights in the place of floats, `quantize_product` if None. `said` is told of each
+    tensor: how many are written, of how many, and its name. Raises StepError where a weight is not
+    finite, OSError that names the tensor where it cannot be written.
     """
     graph, put = model.graph, put or quantize_product
+    if last_logits:
+        keep_last(graph)
     products = list(weights_of_products(graph)) if quantizer else []
     weights = {product.name for product in products}
     total = len(weights | graph.initializers.keys())

@@ -185,7 +185,7 @@ def write_genai_config(checkpoint: Path, graph: "ir.Graph", folder: Path) -> Non
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(checkpoint)
-    given = {str(value.name): value for value in graph.inputs}
+    given = {str(value.name): value for value in graph.inputs if not value.is_initializer()}
     caches = [PAST["past_key_names"] % layer for layer in range(config.num_hidden_layers)]
     if missing := [name for name in caches if name not in given]:
         raise StepError(f"optimum's graph has no {missing[0]}: its cache is of another kind.")

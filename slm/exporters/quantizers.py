@@ -87,7 +87,7 @@ def quantizer_of(
         onnx = Path(request.scratch) / "draft" / "onnx"
         cpu = replace(target, execution_provider=ExecutionProvider.cpu)
         rtn = graph.Rtn(4, block_size, 4)
-        save = partial(graph.write, quantizer=rtn, said=lambda *_: None)
+        save = partial(graph.write, quantizer=rtn, said=lambda *_: None, last_logits=True)
         make(cpu, Precision.int4, onnx, save)
         return onnx
 

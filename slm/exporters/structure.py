@@ -16,6 +16,7 @@ import onnx_ir as ir
 from slm.config import ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import StepError
 from slm.sources.weights import BITS, are_finite, read_tensors
+from slm_pyfunc.engine.decoder import LOGITS_TO_KEEP
 
 FLOATS = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}
 AT_ONCE = 2**23  # bytes
@@ -26,7 +27,7 @@ DOMAINS = ("", "ai.onnx", "com.microsoft")
 # Of the default domain: onnxruntime-genai 0.18's builder writes 22, mobius-onnx 0.1 up to 24,
 # optimum-onnx 0.1 18 at least.
 OPSETS = range(18, 25)
-INTEGER_INPUTS = ("input_ids", "attention_mask", "position_ids")
+INTEGER_INPUTS = ("input_ids", "attention_mask", "position_ids", LOGITS_TO_KEEP)
 
 
 def require_structure(onnx: Path, target: Target, in_int8: dict[str, int] | None = None) -> None:

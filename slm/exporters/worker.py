@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slm.config import Graph, Quantizer, Target
+from slm.config import ExecutionProvider, Graph, Quantizer, Target
 from slm.errors import StepError, as_user_error, one_line, words_for
 from slm.exporters import builder, dequantized, graph, mobius, optimum, parity
 from slm.exporters.grid import Grid
@@ -88,7 +88,8 @@ def export(request: Request) -> Exported:
             quantizer = quantizer_of(request, make, partial(say, 0, 0))
             reads_floats = isinstance(quantizer, dequantized.PositiveRtn)
             put = dequantized.put if reads_floats else graph.quantize_product
-            save = partial(graph.write, quantizer=quantizer, said=say, put=put)
+            batched = target.execution_provider is ExecutionProvider.cpu
+            save = partial(graph.write, quantizer=quantizer, said=say, put=put, last_logits=batched)
         MAKERS[maker](checkpoint, target, target.precision, onnx, save)
     rounded = require_kept(quantizer) if isinstance(quantizer, Grid) else []
     seconds = round(time.monotonic() - started - agreed.seconds, 1)
@@ -104,7 +105,8 @@ def choose(request: Request, checkpoint: Path, folder: Path) -> tuple[str, Parit
     say(0, 0, "comparing a shallow twin with transformers")
     twin = parity.write_twin(checkpoint, folder / "checkpoint", request.text, request.parity_tokens)
     reference = parity.reference_logits(twin)
-    save = partial(graph.write, quantizer=None, said=silent)
+    batched = request.target.execution_provider is ExecutionProvider.cpu
+    save = partial(graph.write, quantizer=None, said=silent, last_logits=batched)
     precision = parity.twin_precision(request.target)
     refused: dict[str, str] = {}
     compared = False

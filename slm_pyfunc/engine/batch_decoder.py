@@ -1,5 +1,6 @@
 """Many sequences in one ONNX Runtime call, on the CPU."""
 
+import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,18 +9,30 @@ from typing import Any
 
 import numpy as np
 
-from .decoder import CAPACITY_STEP, PROMPT_PIECE, WEIGHTS_FOLDER, Row, capacity_for, common
+from .decoder import (
+    CAPACITY_STEP,
+    LOGITS_TO_KEEP,
+    PROMPT_PIECE,
+    WEIGHTS_FOLDER,
+    Row,
+    capacity_for,
+    common,
+)
 from .prefixes import Prefixes
 
 
 @dataclass
 class Bound:
-    """What ONNX Runtime reads and writes for some rows: ids and mask in, logits out."""
+    """What ONNX Runtime reads and writes for some rows: ids and mask in, logits out.
+
+    `keep` is how many of each row's last logits it writes.
+    """
 
     binding: Any
     ids: np.ndarray
     mask: np.ndarray
     logits: np.ndarray
+    keep: np.ndarray
 
 
 class BatchDecoder:
@@ -30,12 +43,15 @@ class BatchDecoder:
 
     Keys and values are float arrays [rows, heads, capacity, head size] per layer, which
     GroupQueryAttention updates in place: sequences of any length share a call, because it takes the
-    length of each from the attention mask. Rows in use are the first ones, without gaps. Where the
-    CPU has another kernel for one row, which rounds otherwise, a row alone has company. A row's
+    length of each from the attention mask. Rows in use are the first ones, without gaps. A call
+    computes neighbours; rows between them whose prompt is still read come along, for nothing, and a
+    row alone has company where the CPU has another kernel for one, which rounds otherwise. A row's
     logits are the same to the bit whatever else is in the batch, and whether its prompt was cached
     or not; only the keys and values of a past answer, computed token by token, are rounded
     otherwise than a prompt's (`cache_mb` 0 does without them).
     """
+
+    takes_drafts = True
 
     def __init__(
         self, folder: Path, genai_config: dict[str, Any], threads: int, rows: int, cache_mb: float
@@ -61,6 +77,8 @@ class BatchDecoder:
         known = {tensor.name: tensor for tensor in self.session.get_inputs()}
         positions = inputs.get("position_ids", "position_ids")
         self.positions = positions if positions in known else None
+        optional = {tensor.name for tensor in self.session.get_overridable_initializers()}
+        self.keeps_last = LOGITS_TO_KEEP in optional
         self.caches = [
             (inputs[f"past_{kind}_names"] % i, outputs[f"present_{kind}_names"] % i)
             for i in range(decoder["num_hidden_layers"])
@@ -105,17 +123,21 @@ class BatchDecoder:
         if len(tokens) == 1 and row.tokens:  # another kernel, which rounds otherwise
             tokens = [row.tokens.pop(), *tokens]
         row.tokens += tokens
-        return self.run([row], np.array([tokens]))[0, -1]
+        return self.run([row], np.array([tokens]), last=1)[0, -1]
+
+    def extend_by_draft(self, row: Row, tokens: list[int]) -> np.ndarray:
+        row.tokens += tokens
+        return self.run([row], np.array([tokens]))[0]
 
     def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray | Exception]:
         for row, token in zip(rows, tokens, strict=True):
             row.tokens.append(token)
-        neighbours = sorted(rows, key=lambda row: row.state)
+        first = min(row.state for row in rows)
         try:
-            logits = self.next_logits(neighbours)
+            logits = self.next_logits(rows)
         except Exception as error:  # perhaps of one row
             return [self.step_alone(row) for row in rows] if len(rows) > 1 else [error]
-        return [logits[row.state - neighbours[0].state, -1] for row in rows]
+        return [logits[row.state - first, -1] for row in rows]
 
     def step_alone(self, row: Row) -> np.ndarray | Exception:
         """The row's logits, computed after a batch failed, or its error."""
@@ -125,14 +147,17 @@ class BatchDecoder:
             return error
 
     def next_logits(self, rows: list[Row]) -> np.ndarray:
-        """Run the last token of neighbouring rows: float32 [rows, 1, vocabulary]."""
-        if len(rows) == 1 and self.needs_company:
-            rows = [*rows, self.beside(rows[0])]
-        return self.run(rows, np.array([row.tokens[-1:] for row in rows]))
+        """Run the last token of rows, and of those between them: float32 [rows, 1, vocabulary]."""
+        asked = {row.state: row for row in rows}
+        first, last = min(asked), max(asked)
+        if first == last and self.needs_company:
+            last += 1
+        states = range(first, last + 1)
+        neighbours = [asked.get(state) or self.placeholder(state) for state in states]
+        return self.run(neighbours, np.array([row.tokens[-1:] for row in neighbours]))
 
-    def beside(self, row: Row) -> Row:
-        """Company for a row: a token after the end of the next one, which its own will replace."""
-        state = row.state + 1
+    def placeholder(self, state: int) -> Row:
+        """A token after the end of a row, which its own next one will replace."""
         used = len(self.rows[state].tokens) if state < len(self.rows) else 0
         return Row(state=state, tokens=[0] * min(used + 1, self.capacity))
 
@@ -149,15 +174,11 @@ class BatchDecoder:
         return alike
 
     def close(self, row: Row) -> None:
-        gap, last = row.state, len(self.rows) - 1
-        self.prefixes.keep(row.tokens, [array[gap] for array in self.arrays])
-        # The last row may be in the middle of its prompt. It has to stay last, so two move up.
-        for source in (last - 1, last):
-            if source > gap:
-                moved = self.rows[source]
-                self.copy(source, gap, len(moved.tokens))
-                self.rows[gap], moved.state, gap = moved, gap, source
-        self.rows.pop()
+        self.prefixes.keep(row.tokens, [array[row.state] for array in self.arrays])
+        last = self.rows.pop()
+        if last is not row:
+            self.copy(last.state, row.state, len(last.tokens))
+            self.rows[row.state], last.state = last, row.state
 
     def clear(self) -> None:
         self.rows, self.arrays, self.capacity, self.bound = [], [], 0, {}
@@ -171,14 +192,16 @@ class BatchDecoder:
             logits.append(self.run([row], piece[np.newaxis])[0].copy())
         return np.concatenate(logits)
 
-    def run(self, rows: list[Row], ids: np.ndarray) -> np.ndarray:
+    def run(self, rows: list[Row], ids: np.ndarray, last: int = 0) -> np.ndarray:
         """Compute `ids` [rows, tokens], the ends of neighbouring rows' tokens.
 
-        Returns logits, float32 [rows, tokens, vocabulary], which stay until the next run.
+        Returns logits, float32 [rows, tokens, vocabulary], which stay until the next run: where the
+        graph can, only those of the `last` tokens, if not 0.
         """
         first, (count, new) = rows[0].state, ids.shape
-        if self.logits.size < ids.size * self.vocabulary_size:
-            self.logits = lazy_zeros((ids.size * self.vocabulary_size,), self.logits_type)
+        kept = last if last and self.keeps_last else new
+        if self.logits.size < count * kept * self.vocabulary_size:
+            self.logits = lazy_zeros((count * kept * self.vocabulary_size,), self.logits_type)
             self.bound = {}
         bound = self.bound.get((first, count))
         if bound is None:
@@ -186,10 +209,12 @@ class BatchDecoder:
         lengths = np.array([[len(row.tokens)] for row in rows])
         # Single tokens need no exact mask, and none bound anew at every step.
         width = self.capacity if new == 1 else int(lengths.max())
-        if bound.ids.shape != ids.shape or bound.mask.shape[1] != width:
-            self.bind_tokens(bound, count, new, width)
+        shapes = ids.shape, (count, width), (count, kept, self.vocabulary_size)
+        if (bound.ids.shape, bound.mask.shape, bound.logits.shape) != shapes:
+            self.bind_tokens(bound, *shapes)
         bound.ids[:] = ids
         bound.mask[:] = np.arange(width) < lengths
+        bound.keep[:] = kept
         if self.positions:
             bound.binding.bind_cpu_input(self.positions, lengths - new + np.arange(new))
         self.session.run_with_iobinding(bound.binding)
@@ -202,14 +227,16 @@ class BatchDecoder:
         for (past, present), array in zip(self.caches, self.arrays, strict=True):
             bind(binding.bind_input, past, array[first : first + count])
             bind(binding.bind_output, present, array[first : first + count])
-        nothing = np.empty((0, 0))
-        return Bound(binding, nothing, nothing, nothing)
+        nothing, keep = np.empty((0, 0)), np.zeros(1, np.int64)
+        if self.keeps_last:
+            bind(binding.bind_input, LOGITS_TO_KEEP, keep)
+        return Bound(binding, nothing, nothing, nothing, keep)
 
-    def bind_tokens(self, bound: Bound, count: int, new: int, width: int) -> None:
-        bound.ids = np.empty((count, new), np.int64)
-        bound.mask = np.empty((count, width), np.int64)
-        size = count * new * self.vocabulary_size
-        bound.logits = self.logits[:size].reshape(count, new, self.vocabulary_size)
+    def bind_tokens(self, bound: Bound, *shapes: tuple[int, ...]) -> None:
+        """Bind ids, mask and logits of these shapes."""
+        ids, mask, logits = shapes
+        bound.ids, bound.mask = np.empty(ids, np.int64), np.empty(mask, np.int64)
+        bound.logits = self.logits[: math.prod(logits)].reshape(logits)
         bind(bound.binding.bind_input, self.names["input_ids"], bound.ids)
         bind(bound.binding.bind_input, self.names["attention_mask"], bound.mask)
         bind(bound.binding.bind_output, self.logits_name, bound.logits)

@@ -13,6 +13,8 @@ CAPACITY_STEP = 256  # keys and values are allocated for a multiple of so many t
 PROMPT_PIECE = 256  # tokens of a prompt per call; bounds the memory of logits and attention scores
 # The session option, in genai_config.json, of where weights are, relative to its folder.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+# The input of a graph that says for how many of the last tokens to give logits; 0 means all.
+LOGITS_TO_KEEP = "logits_to_keep"
 LONGROPE_SWITCH = 4096  # tokens; beyond them Phi's LongRoPE graphs use other factors
 
 
@@ -35,11 +37,13 @@ class Row:
 class Decoder(Protocol):
     """What the scheduler drives, from one thread. Logits are float32."""
 
+    takes_drafts: bool  # whether it has `extend_by_draft`
+
     def open(self, prompt: list[int], length: int) -> Row:
         """A new row for a sequence of at most `length` tokens, begun from what is computed."""
 
     def extend(self, row: Row, tokens: list[int]) -> np.ndarray:
-        """Append tokens of a prompt, at most PROMPT_PIECE, to the row opened last.
+        """Append tokens of a prompt, at most PROMPT_PIECE, to a row.
 
         Returns the logits after them, [vocabulary].
         """
@@ -48,6 +52,12 @@ class Decoder(Protocol):
         """Append one token to each row; logits after it, [vocabulary] each.
 
         In place of a row's logits stands the error of a row that cannot be computed.
+        """
+
+    def extend_by_draft(self, row: Row, tokens: list[int]) -> np.ndarray:
+        """Append tokens to a row; logits after each, [tokens, vocabulary].
+
+        The last ones may turn out wrong: whoever cuts them off `row.tokens` has undone them.
         """
 
     def close(self, row: Row) -> None:

@@ -30,6 +30,8 @@ class GeneratorDecoder:
     A finished Generator is kept and rewound to where the next prompt agrees with it.
     """
 
+    takes_drafts = False
+
     def __init__(
         self,
         folder: Path,
@@ -100,6 +102,9 @@ class GeneratorDecoder:
             except Exception as error:
                 logits.append(error)
         return logits
+
+    def extend_by_draft(self, row: Row, tokens: list[int]) -> np.ndarray:
+        raise NotImplementedError
 
     def close(self, row: Row) -> None:
         if not row.tokens or row.state[1] * self.bytes_per_token > self.budget:

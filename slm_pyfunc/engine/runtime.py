@@ -22,6 +22,7 @@ from .batch_decoder import BatchDecoder
 from .cores import Turn, available_cores
 from .decoder import Decoder, runs_alone
 from .generator_decoder import GeneratorDecoder
+from .lookup import PromptLookup
 from .sampling import Sampler, log_softmax
 from .scheduler import Completion, Events, Scheduler, Sequence, receive
 
@@ -199,11 +200,13 @@ class Runtime:
             sampler = Sampler(parameters, prompt, choice, grammar)
             text = self.tokenizer.stream(parameters.stop)
             end_tokens = self.tokenizer.end_tokens
+            drafted = self.settings.prompt_lookup_num_tokens
             sequences.append(
                 Sequence(
                     *(prompt, parameters, sampler, text, end_tokens, events),
                     first + choice,
                     streamed,
+                    lookup=PromptLookup(prompt, drafted) if drafted else None,
                 )
             )
         return sequences

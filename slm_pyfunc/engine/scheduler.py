@@ -1,7 +1,8 @@
 """Answer many sequences at once: one thread, one decoder, a queue.
 
 Every turn of the loop computes a piece of the prompts that wait, and one token of every sequence
-that is being answered. A sequence joins when there is room, and leaves when it ends.
+that is being answered. A sequence joins when there is room, and leaves when it ends. A short prompt
+is read in turns with a long one that came before it.
 """
 
 import threading
@@ -17,10 +18,11 @@ from ..parameters import Parameters
 from ..tokenizer import TextStream
 from .cores import Turn
 from .decoder import PROMPT_PIECE, Decoder, Row
+from .lookup import PromptLookup
 from .sampling import Sampler, log_softmax
 
 PIECE_AMONG_OTHERS = 64  # tokens of prompts per turn while others are being answered
-
+SHORT_PROMPT = 256  # tokens of one that need not wait for the end of a longer one
 
 # A token, its natural-log probability, and the most likely tokens with theirs.
 LogProbability = tuple[int, float, list[tuple[int, float]]]
@@ -75,11 +77,16 @@ class Sequence:
     choice: int = 0
     streamed: bool = False
     cancelled: bool = False
+    lookup: PromptLookup | None = None
     row: Row = field(init=False)  # once it is open
     cached_tokens: int = 0
     generated: int = 0
     pieces: list[str] = field(default_factory=list)
     logprobs: list[LogProbability] = field(default_factory=list)
+
+    def left(self) -> list[int]:
+        """The tokens of the prompt that are not computed."""
+        return self.prompt[len(self.row.tokens) :]
 
     def take(self, logits: np.ndarray) -> int | None:
         """Choose the next token; None where the sequence ends with it."""
@@ -133,9 +140,9 @@ class Scheduler:
         self.working = False
         self.computing = threading.Lock()  # held while the decoder computes
         self.turn = turn  # taken while it computes, on cores that other models use too
-        self.open: list[Sequence] = []  # those with a row: `reading`, and the active ones
+        self.open: list[Sequence] = []  # those with a row: the ones read, and the active ones
         self.active: list[tuple[Sequence, int]] = []  # each with the token to compute next
-        self.reading: Sequence | None = None  # its prompt is partly computed
+        self.reading: deque[Sequence] = deque()  # prompts in part computed, the next to go on first
 
     def submit(self, sequences: list[Sequence], may_wait: bool = False) -> None:
         """Queue sequences; raise Busy where more would wait than may, unless these `may_wait`."""
@@ -172,48 +179,92 @@ class Scheduler:
         """Compute a piece of the prompts that wait, smaller while others are being answered."""
         budget = PIECE_AMONG_OTHERS if self.active else PROMPT_PIECE
         while budget > 0:
-            if self.reading is None and not self.open_next():
+            self.open_next()
+            if not self.reading:
                 return
-            sequence = self.reading
-            assert sequence is not None
-            left = sequence.prompt[len(sequence.row.tokens) :]
+            sequence = self.reading.popleft()
+            left = sequence.left()
             piece = left[:budget]
             try:
                 logits = self.decoder.extend(sequence.row, piece)
             except Exception as error:
-                self.reading = None
                 self.drop(sequence, error)
                 return
             budget -= len(piece)
             if len(piece) == len(left):
-                self.reading = None
                 self.advance([sequence], [logits])
+            else:
+                self.reading.append(sequence)
 
-    def open_next(self) -> bool:
-        """Give a row to the sequence that has waited longest, where there is room."""
-        if len(self.active) >= self.max_batch_size:
-            return False
+    def open_next(self) -> None:
+        """Give a row to the sequence that has waited longest, where there is room.
+
+        While a prompt is read, only to one that would wait long for it, and needs little itself.
+        """
+        if len(self.open) >= self.max_batch_size or len(self.reading) > 1:
+            return
+        behind_long = bool(self.reading)
+        if behind_long and len(self.reading[0].left()) <= SHORT_PROMPT:
+            return
         with self.lock:
-            if not self.waiting:
-                return False
-            sequence = self.waiting.popleft()
+            fitting = (s for s in self.waiting if not behind_long or len(s.prompt) <= SHORT_PROMPT)
+            sequence = next(fitting, None)
+            if sequence is None:
+                return
+            self.waiting.remove(sequence)
+            self.open.append(sequence)
         length = len(sequence.prompt) + sequence.parameters.max_tokens
         try:
             sequence.row = self.decoder.open(sequence.prompt, length)
         except Exception as error:  # its own: there may be no memory for one so long
+            self.open.remove(sequence)
             sequence.events.put((sequence.choice, error))
-            return False
+            return
         sequence.cached_tokens = len(sequence.row.tokens)
-        self.reading = sequence
-        self.open.append(sequence)
-        return True
+        self.reading.append(sequence)
 
     def decode(self) -> None:
-        """Compute one token of every active sequence, and choose the next."""
+        """Compute one token of every active sequence, and choose the next.
+
+        Of a sequence that is alone, also those that it is likely to choose; among others, the cores
+        are busy without them.
+        """
+        if len(self.active) == 1 and (draft := self.draft_of(self.active[0][0])):
+            self.check(*self.active.pop(), draft)
+            return
         rows = [sequence.row for sequence, _ in self.active]
         logits = self.decoder.step(rows, [token for _, token in self.active])
         sequences, self.active = [sequence for sequence, _ in self.active], []
         self.advance(sequences, logits)
+
+    def draft_of(self, sequence: Sequence) -> list[int]:
+        if sequence.lookup is None or not self.decoder.takes_drafts:
+            return []
+        return sequence.lookup.draft(sequence.parameters.max_tokens - sequence.generated - 1)
+
+    def check(self, sequence: Sequence, token: int, draft: list[int]) -> None:
+        """Compute a sequence's token and a draft in one call, and take what it chooses itself."""
+        row, lookup = sequence.row, sequence.lookup
+        assert lookup is not None
+        computed = len(row.tokens) + 1
+        try:
+            logits = self.decoder.extend_by_draft(row, [token, *draft])
+        except Exception as error:
+            self.drop(sequence, error)
+            return
+        chosen: int | None = token
+        right = 0
+        for after, guess in zip(logits, [*draft, None], strict=True):
+            chosen = self.choose(sequence, after)
+            if chosen is None or chosen != guess:
+                break
+            right += 1
+        del row.tokens[computed + right :]
+        lookup.judge(len(draft), right)
+        if chosen is None:
+            self.close([sequence])
+        else:
+            self.active.append((sequence, chosen))
 
     def advance(self, sequences: list[Sequence], logits: list[np.ndarray | Exception]) -> None:
         """Let each sequence choose a token from its logits; close the rows of those that end."""
@@ -222,25 +273,31 @@ class Scheduler:
             if isinstance(scores, Exception):
                 self.drop(sequence, scores)
                 continue
-            try:
-                if len(self.nameless):
-                    scores[self.nameless] = -np.inf
-                token = sequence.take(scores)
-            except Exception as error:  # a grammar's, say: the others go on
-                sequence.events.put((sequence.choice, error))
-                token = None
+            token = self.choose(sequence, scores)
             if token is None:
                 ended.append(sequence)
             else:
                 self.active.append((sequence, token))
         self.close(ended)
 
+    def choose(self, sequence: Sequence, scores: np.ndarray) -> int | None:
+        """The token that a sequence chooses; None where it ends, perhaps with an error."""
+        try:
+            if len(self.nameless):
+                scores[self.nameless] = -np.inf
+            token = sequence.take(scores)
+        except Exception as error:  # a grammar's, say: the others go on
+            sequence.events.put((sequence.choice, error))
+            return None
+        if sequence.lookup is not None and token is not None:
+            sequence.lookup.push(token)
+        return token
+
     def drop_cancelled(self) -> None:
         dropped = [sequence for sequence, _ in self.active if sequence.cancelled]
         self.active = [pair for pair in self.active if not pair[0].cancelled]
-        if self.reading is not None and self.reading.cancelled:
-            dropped.append(self.reading)
-            self.reading = None
+        dropped += [sequence for sequence in self.reading if sequence.cancelled]
+        self.reading = deque(s for s in self.reading if not s.cancelled)
         with self.lock:
             self.waiting = deque(s for s in self.waiting if not s.cancelled)
         self.close(dropped)
@@ -259,7 +316,7 @@ class Scheduler:
     def fail(self, error: Exception) -> None:
         """Give everyone under way the error; who waits has another chance."""
         failed, self.open = self.open, []
-        self.active, self.reading = [], None
+        self.active, self.reading = [], deque()
         self.decoder.clear()
         for sequence in failed:
             sequence.events.put((sequence.choice, error))
