@@ -94,10 +94,12 @@ def test_packing_is_that_of_onnxruntimes_kernels(shape: tuple[int, int], bits: i
     np.testing.assert_array_equal(found[:, :used], expected[:, :used])
 
 
-def calibrated(checkpoint: Path, folder: Path, *int8: str, block_size: int = 32) -> Calibrated:
+def calibrated(
+    checkpoint: Path, folder: Path, *int8: str, block_size: int = 32, searched: bool = False
+) -> Calibrated:
     folder.mkdir()
     tokens = [int(token) for token in np.random.default_rng(2).integers(3, 200, 128)]
-    rounding = Rounding(4, block_size, list(int8))
+    rounding = Rounding(4, block_size, list(int8), searched)
     calibrate(Decoder(checkpoint, tokens, 64), rounding, folder, lambda _: None)
     return Calibrated(checkpoint, folder, block_size, 0)
 
@@ -220,6 +222,27 @@ def test_a_weight_that_is_not_the_checkpoints_is_refused(tiny: Path, tmp_path: P
     weight[3, 5] += 1e-6
     with pytest.raises(StepError, match="1 of 128 rows of the graph's .*up_proj.weight are in no"):
         quantizer.quantize(name, weight)
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_what_is_kept_of_a_layer_is_near_the_checkpoints(
+    searched: bool, tiny: Path, tmp_path: Path
+) -> None:
+    quantizer = calibrated(tiny, tmp_path / "calibrated", searched=searched)
+    weights = load_file(tiny / "model.safetensors")
+    for path in quantizer.folder.glob("*.safetensors"):
+        saved = Saved(path, 32)
+        for name in saved.names():
+            weight = weights[f"{name}.weight"]
+            off = (saved[name].weight(weight.shape[1]) - weight).norm() / weight.norm()
+            assert off < 0.3, name
+    [layer] = quantizer.folder.glob("1.safetensors")
+    saved = Saved(layer, 32)
+    name = "model.layers.1.mlp.up_proj"
+    saved.arrays[f"{name}.scales"] = saved.arrays[f"{name}.scales"][::-1] * np.float16(3)
+    saved.write()
+    with pytest.raises(StepError, match="what calibration kept of .*up_proj.weight is .* off"):
+        quantizer.quantize(f"{name}.weight", weights[f"{name}.weight"].numpy())
 
 
 def test_equal_layers_keep_the_rounding_of_each(tiny: Path, tmp_path: Path) -> None:

@@ -273,7 +273,9 @@ class Saved:
         return Rounded(self.arrays[name + PACKED], self.arrays[name + SCALES], self.block_size)
 
     def add(self, name: str, rounded: Rounded) -> None:
-        self.arrays |= {name + PACKED: rounded.packed, name + SCALES: rounded.scales}
+        # safetensors writes an array's memory as it lies, whatever its strides.
+        packed, scales = map(np.ascontiguousarray, (rounded.packed, rounded.scales))
+        self.arrays |= {name + PACKED: packed, name + SCALES: scales}
 
     def write(self) -> None:
         with in_one_motion(self.path) as partial:
