@@ -224,25 +224,16 @@ def test_a_weight_that_is_not_the_checkpoints_is_refused(tiny: Path, tmp_path: P
         quantizer.quantize(name, weight)
 
 
-@pytest.mark.parametrize("searched", [False, True])
-def test_what_is_kept_of_a_layer_is_near_the_checkpoints(
-    searched: bool, tiny: Path, tmp_path: Path
-) -> None:
-    quantizer = calibrated(tiny, tmp_path / "calibrated", searched=searched)
+def test_searched_scales_reach_the_file_as_they_are(tiny: Path, tmp_path: Path) -> None:
+    quantizer = calibrated(tiny, tmp_path / "calibrated", searched=True)
     weights = load_file(tiny / "model.safetensors")
-    for path in quantizer.folder.glob("*.safetensors"):
-        saved = Saved(path, 32)
-        for name in saved.names():
+    files = [Saved(path, 32) for path in quantizer.folder.glob("*.safetensors")]
+    assert sum(len(file.names()) for file in files) == 15
+    for file in files:
+        for name in file.names():
             weight = weights[f"{name}.weight"]
-            off = (saved[name].weight(weight.shape[1]) - weight).norm() / weight.norm()
-            assert off < 0.3, name
-    [layer] = quantizer.folder.glob("1.safetensors")
-    saved = Saved(layer, 32)
-    name = "model.layers.1.mlp.up_proj"
-    saved.arrays[f"{name}.scales"] = saved.arrays[f"{name}.scales"][::-1] * np.float16(3)
-    saved.write()
-    with pytest.raises(StepError, match="what calibration kept of .*up_proj.weight is .* off"):
-        quantizer.quantize(f"{name}.weight", weights[f"{name}.weight"].numpy())
+            off = (file[name].weight(weight.shape[1]) - weight).norm() / weight.norm()
+            assert off < 0.2, name
 
 
 def test_equal_layers_keep_the_rounding_of_each(tiny: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from slm.errors import StepError
 from slm.exporters.decoder import Call, Decoder, Reached, output_of
 from slm.exporters.gptq import SWEEPS, Inputs, pack, round_weight, search_scales, unpack
 from slm.running.whole import in_one_motion
@@ -280,3 +281,7 @@ class Saved:
     def write(self) -> None:
         with in_one_motion(self.path) as partial:
             save_file(self.arrays, partial)
+            kept = load_file(partial)
+            for name, array in self.arrays.items():
+                if not np.array_equal(kept[name], array):
+                    raise StepError(f"{partial} does not hold {name} as it was written.")
