@@ -1,7 +1,8 @@
 """Text to tokens and back: encoding, the chat template, streams, stop strings, grammars.
 
-Encoding, decoding and grammars are onnxruntime-genai's. It opens a tokenizer only together with a
-model, so here it gets one without weights, whose logits the caller sets; grammars need no other.
+Encoding and decoding are onnxruntime-genai's. It opens a tokenizer only together with a model, so
+here it gets one without weights. Grammars are llguidance's own: those of onnxruntime-genai 0.18
+refuse a character of several tokens in a `const` or an `enum`.
 """
 
 import functools
@@ -92,18 +93,26 @@ class Tokenizer:
     def stream(self, stop: tuple[str, ...] = ()) -> "TextStream":
         return TextStream(self.tokenizer.create_stream(), stop)
 
+    @functools.cached_property
+    def guide(self) -> Any:
+        """llguidance's view of the tokenizer; half a second for 50,000 tokens, so made when needed.
+
+        ValueError if it does not know the kind of tokenizer.
+        """
+        from llguidance import LLTokenizer
+
+        text = (self.folder / "tokenizer.json").read_text()
+        return LLTokenizer(text, n_vocab=self.rows, eos_token=sorted(self.end_tokens))
+
     def grammar(self, schema: str) -> "Grammar":
         """Constrain tokens to a JSON schema; RequestError where it is malformed."""
-        parameters = og.GeneratorParams(self.model)
-        parameters.set_search_options(max_length=self.context_length, do_sample=False)
-        try:
-            parameters.set_guidance("json_schema", schema)
-            return Grammar(og.Generator(self.model, parameters), next(iter(self.end_tokens)))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise RequestError(
-                f"response_format.json_schema.schema is not a JSON schema: {reason}"
-            ) from error
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self.guide, LLMatcher.grammar_from_json_schema(schema))
+        if matcher.is_error():
+            reason = " ".join(matcher.get_error().split())
+            raise RequestError(f"response_format.json_schema.schema is not a JSON schema: {reason}")
+        return Grammar(matcher, self.rows)
 
 
 class TextStream:
@@ -137,26 +146,30 @@ class TextStream:
 
 
 class Grammar:
-    """Picks one sequence's tokens within a grammar."""
+    """Says which tokens one sequence may go on with."""
 
-    def __init__(self, generator: Any, first_token: int) -> None:
-        self.generator = generator
-        generator.append_tokens([first_token])  # any token: the prompt is not the grammar's affair
+    def __init__(self, matcher: Any, rows: int) -> None:
+        self.matcher = matcher
+        self.mask = np.zeros((1, -(-rows // 32)), np.int32)  # a bit for each token
+        self.rows = rows
 
-    def choose(self, scores: np.ndarray) -> int:
-        """The token of the highest score (float32 [vocabulary]) among those that may come next.
+    def within(self, scores: np.ndarray) -> np.ndarray:
+        """Scores, float32 [vocabulary], with -inf for the tokens that may not come next.
 
-        RuntimeError where none may: onnxruntime-genai 0.18 takes tokens that are a part of a
-        character for U+FFFD, so some characters of several tokens cannot be spelled.
+        RuntimeError where none may.
         """
-        try:
-            self.generator.get_logits()  # none may be set before some were computed
-            self.generator.set_logits(scores[np.newaxis])
-            self.generator.generate_next_token()
-            return int(self.generator.get_next_tokens()[0])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise RuntimeError(f"response_format: no token fits the schema: {reason}") from error
+        from llguidance.numpy import fill_next_token_bitmask
+
+        fill_next_token_bitmask(self.matcher, self.mask)
+        allowed = np.unpackbits(self.mask.view(np.uint8), bitorder="little")[: self.rows]
+        if self.matcher.is_error() or not allowed.any():
+            reason = " ".join(self.matcher.get_error().split())
+            raise RuntimeError(f"response_format: no token fits the schema. {reason}".rstrip())
+        return np.where(allowed, scores, np.float32(-np.inf))
+
+    def accept(self, token: int) -> None:
+        """Go on with a token."""
+        self.matcher.consume_token(token)
 
 
 def ids_without_token(tokenizer: dict[str, Any], rows: int) -> np.ndarray:

@@ -174,7 +174,7 @@ def shipped_code(interface: Interface, name: str) -> Iterator[tuple[Path, Path]]
 
 def runtime_requirements(target: Target) -> list[str]:
     """Pins for the logged model: the target's runtime, as it exported, and no torch."""
-    pins = versions("mlflow", "numpy")
+    pins = versions("mlflow", "numpy", "llguidance")
     pins[target.runtime_package] = versions("onnxruntime-genai")["onnxruntime-genai"]
     own = [target.provider_package] if target.provider_package else []
     return [f"{package}=={version}" for package, version in pins.items()] + own

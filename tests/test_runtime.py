@@ -342,6 +342,23 @@ def test_a_json_schema_is_kept_also_when_sampling(runtime: Runtime, prompts: lis
         assert json.loads(answer.text).keys() == {"city", "people"}
 
 
+def test_a_schema_may_hold_characters_of_several_tokens(
+    runtime: Runtime, prompts: list[str]
+) -> None:
+    wanted = {"mood": "🎉 你好 ก็", "by": "👩‍👩‍👧"}
+    names = [wanted["by"], "x🌀"]
+    properties = {"mood": {"const": wanted["mood"]}, "by": {"enum": names}}
+    required = ["mood", "by"]
+    schema = {"type": "object", "properties": properties, "required": required}
+    schema |= {"additionalProperties": False}
+    asked = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    for temperature in (0.0, 1.5):
+        parameters = Parameters.of({**asked, "temperature": temperature, "seed": 1})
+        [[answer]] = runtime.answer(prompts[:1], parameters)
+        found = json.loads(answer.text)
+        assert found["mood"] == wanted["mood"] and found["by"] in names
+
+
 def test_an_abandoned_stream_frees_its_row(runtime: Runtime, prompts: list[str]) -> None:
     stream = runtime.stream(prompts[2], Parameters(max_tokens=2000))
     next(stream)

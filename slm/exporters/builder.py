@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm.config import Precision, Target
 from slm.errors import StepError
+from slm.running.patched import patched
 
 if TYPE_CHECKING:  # it takes a third of a second, also where an export is reused
     import onnx_ir as ir
@@ -183,13 +184,3 @@ def saving_by(save: Save) -> Callable[[Any, str], None]:
         save(self.model, Path(folder) / self.filename)
 
     return save_model
-
-
-@contextlib.contextmanager
-def patched(owner: type, name: str, value: Any) -> Any:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

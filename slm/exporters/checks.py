@@ -11,6 +11,7 @@ from slm.config import Target
 from slm.errors import StepError, one_line
 from slm_pyfunc.engine.decoder import ExecutionProviderUnavailable
 from slm_pyfunc.engine.runtime import Runtime
+from slm_pyfunc.engine.sampling import log_softmax
 from slm_pyfunc.parameters import Parameters, RequestError
 
 log = logging.getLogger("slm.export")
@@ -64,6 +65,8 @@ def require_it_generates(onnx: Path, checkpoint: Path, target: Target) -> tuple[
     if answer.completion_tokens == 0:
         raise StepError(f"{onnx} loads but generates nothing: the export is broken.")
     scored = runtime.log_probabilities(tokens)[-1]
+    scored[runtime.tokenizer.nameless] = -np.inf  # as no answer may have them
+    scored = log_softmax(scored)
     for token, probability, _ in answer.logprobs[:1]:  # none where it ends at once
         if abs(probability - scored[token]) > SAME_LOGPROB:
             raise StepError(

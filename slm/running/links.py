@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from slm.running.patched import patched
+
 LARGE = 2**20  # bytes: smaller files are copied, for people edit them in place
 
 
@@ -34,11 +36,8 @@ def copies_as_links(files: Path, work: Path) -> Iterator[None]:
         same.append(Path(destination))
         return destination
 
-    shutil.copyfile = link_or_copy  # type: ignore[assignment]
-    try:
+    with patched(shutil, "copyfile", link_or_copy):
         yield
-    finally:
-        shutil.copyfile = copy
 
 
 def inode(path: Any) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from slm.config import Model
 from slm.errors import InputError, one_line
+from slm.running.patched import patched
 from slm.sources.verify import NO_TEMPLATE, Declared, Permit, require_digest
 from slm.sources.weights import require_complete
 
@@ -26,7 +27,8 @@ def dequantize(gguf: Path, model: Model, checkpoint: Path, permit: Permit) -> De
     A chat_template.jinja beside the file takes the place of the template inside it.
     """
     require_digest(gguf, model.sha256.get(gguf.name))
-    fields = read_fields(gguf)
+    reader = read(gguf)
+    fields = dict(reader.fields)
     beside = gguf.parent / TEMPLATE_FILE
     template = beside.read_text() if beside.is_file() else field(fields, "tokenizer.chat_template")
     if not template:
@@ -34,7 +36,7 @@ def dequantize(gguf: Path, model: Model, checkpoint: Path, permit: Permit) -> De
     permit(licence := field(fields, "general.license"))
     log.info("fetch: dequantizing %s to float32", gguf.name)
     try:
-        tokenizer, causal_lm, info = load(gguf)
+        tokenizer, causal_lm, info = load(gguf, reader)
     except Exception as error:  # of transformers and gguf alike: an unknown architecture, say
         raise InputError(
             f"transformers cannot read {gguf.name}: {one_line(error)[:300]}"
@@ -50,8 +52,8 @@ def dequantize(gguf: Path, model: Model, checkpoint: Path, permit: Permit) -> De
     return Declared(licence, None if turn_end is None else int(turn_end))
 
 
-def read_fields(gguf: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file; InputError if the file is none, or damaged."""
+def read(gguf: Path) -> Any:
+    """The gguf package's reader of a file; InputError if it is none, or damaged."""
     with gguf.open("rb") as file:
         if (magic := file.read(4)) != b"GGUF":
             raise InputError(
@@ -60,7 +62,7 @@ def read_fields(gguf: Path) -> dict[str, Any]:
     from gguf import GGUFReader
 
     try:
-        return dict(GGUFReader(gguf).fields)
+        return GGUFReader(gguf)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise InputError(f"{gguf.name} is truncated or damaged. Fetch it again.") from error
 
@@ -70,20 +72,26 @@ def field(fields: dict[str, Any], name: str) -> Any:
     return fields[name].contents() if name in fields else None
 
 
-def load(gguf: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """The tokenizer, the dequantized model and its loading info, as transformers reads them."""
+def load(gguf: Path, reader: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The tokenizer, the dequantized model and its loading info, as transformers reads them.
+
+    transformers 5.22 reads the file's metadata three times, five seconds each for a vocabulary of
+    50,000 tokens: `reader` has it already.
+    """
+    import gguf as package
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder = str(gguf.parent)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
     quantization = GgufConfig(gguf_file=gguf.name, dequantize=True)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=gguf.name,
-        quantization_config=quantization,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    with patched(package, "GGUFReader", lambda *_: reader):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=gguf.name,
+            quantization_config=quantization,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     return tokenizer, *loaded
 
 

@@ -15,7 +15,7 @@ class Sampler:
     """Chooses one sequence's tokens; `choice` tells the n answers to one prompt apart.
 
     Sampling draws Gumbel noise onto the scores and takes the highest, which is a draw from their
-    softmax (Gumbel, 1954) that a grammar can still overrule.
+    softmax (Gumbel, 1954). A grammar leaves only those tokens that fit.
     """
 
     def __init__(
@@ -32,10 +32,14 @@ class Sampler:
     def choose(self, logits: np.ndarray) -> int:
         """The next token, from float32 [vocabulary], which stays as it is."""
         scores = self.penalised(logits)
+        if self.grammar is not None:
+            scores = self.grammar.within(scores)
         if self.parameters.temperature > GREEDY:
             token = self.draw(scores / np.float32(self.parameters.temperature))
         else:
-            token = self.grammar.choose(scores) if self.grammar else int(scores.argmax())
+            token = int(scores.argmax())
+        if self.grammar is not None:
+            self.grammar.accept(token)
         if self.seen is not None:
             self.seen = np.union1d(self.seen, [token])
         if self.said is not None:
@@ -66,11 +70,7 @@ class Sampler:
         parameters = self.parameters
         kept = candidates(scores, parameters.top_k, parameters.top_p, parameters.min_p)
         noisy = scores[kept] - np.log(self.random.exponential(size=len(kept)).astype(np.float32))
-        if self.grammar is None:
-            return int(kept[noisy.argmax()])
-        everything = scores - np.float32(1e6)  # below every candidate: for want of a better one
-        everything[kept] = noisy
-        return self.grammar.choose(everything)
+        return int(kept[noisy.argmax()])
 
 
 def candidates(scores: np.ndarray, top_k: int, top_p: float, min_p: float = 0) -> np.ndarray:
