@@ -97,12 +97,18 @@ class Tokenizer:
     def guide(self) -> Any:
         """llguidance's view of the tokenizer; half a second for 50,000 tokens, so made when needed.
 
-        ValueError if it does not know the kind of tokenizer.
+        Raises RequestError if llguidance does not know its kind.
         """
         from llguidance import LLTokenizer
 
         text = (self.folder / "tokenizer.json").read_text()
-        return LLTokenizer(text, n_vocab=self.rows, eos_token=sorted(self.end_tokens))
+        try:
+            return LLTokenizer(text, n_vocab=self.rows, eos_token=sorted(self.end_tokens))
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise RequestError(
+                f"response_format: no grammars for this model's tokenizer: {reason}"
+            ) from error
 
     def grammar(self, schema: str) -> "Grammar":
         """Constrain tokens to a JSON schema; RequestError where it is malformed."""

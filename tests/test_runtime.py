@@ -347,10 +347,12 @@ def test_a_schema_may_hold_characters_of_several_tokens(
 ) -> None:
     wanted = {"mood": "🎉 你好 ก็", "by": "👩‍👩‍👧"}
     names = [wanted["by"], "x🌀"]
-    properties = {"mood": {"const": wanted["mood"]}, "by": {"enum": names}}
-    required = ["mood", "by"]
-    schema = {"type": "object", "properties": properties, "required": required}
-    schema |= {"additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"mood": {"const": wanted["mood"]}, "by": {"enum": names}},
+        "required": ["mood", "by"],
+        "additionalProperties": False,
+    }
     asked = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
     for temperature in (0.0, 1.5):
         parameters = Parameters.of({**asked, "temperature": temperature, "seed": 1})
