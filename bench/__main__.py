@@ -23,6 +23,7 @@ import mlflow
 from rich.console import Console
 
 from bench.server import serving
+from bench.workers import ASKING, DRAFTED, LONG
 from slm.config import ROOT, user_cache
 from slm.evaluation.summary import table
 from slm.running.tracking import settle_tracking
@@ -91,6 +92,8 @@ def bench(
     }
     workers |= {name: Worker(*peer, python=arguments.peers_python) for name, peer in peers.items()}
     results["decode"] = take_turns(workers, rounds)
+    report("drafts of what an answer repeats")
+    results["drafts"] = take_turns({"chat": Worker("drafts", chat)}, rounds)
     report("16 rows in one predict")
     results["rows"] = take_turns({"prompt": Worker("rows", prompt)}, rounds)
     report("the second turn of a conversation")
@@ -160,6 +163,21 @@ def summary(results: dict[str, Rounds]) -> list[tuple[str, float, str]]:
         (f"time to first token, {n} (ms)", 1000 * median(r, "ttft_s"), "")
         for n, r in decode.items()
     ]
+    figures += [
+        (
+            f"prompt of {length} tokens, {n} (tokens/s)",
+            median(r, f"prompt_{length}_tokens_per_s"),
+            "",
+        )
+        for length in LONG
+        for n, r in decode.items()
+    ]
+    drafts = results["drafts"]["chat"]
+    for kind in ASKING:
+        ratios = [r[f"{kind}, {DRAFTED} drafted"] / r[f"{kind}, 0 drafted"] for r in drafts]
+        bound = "≥ 0.97" if kind.startswith("story") else "≥ 1.5"
+        words = f"{DRAFTED} tokens drafted, {kind}: decode of that without"
+        figures.append((words, statistics.median(ratios), bound))
     return figures
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from slm.config import ROOT, ExecutionProvider, Precision, Quantizer, Target
-from slm.errors import StepError
+from slm.errors import KilledError, StepError
 from slm.exporters import process
 from slm.exporters.calibration_text import read_calibration
 from slm.exporters.worker import Request
@@ -163,7 +163,7 @@ def measure(name: str, quantizer: Quantizer, limit_mb: int, layers: int, scratch
     peaks.start()
     try:
         exported = process.run_worker(request)
-    except StepError:
+    except (StepError, KilledError):
         if not layers or len(peaks.laps) < layers:
             raise
         return ""

@@ -27,6 +27,23 @@ TOPICS = [f"the {thing}" for thing in (*THINGS.split(), "mountain", "bakery", "i
 NEW_TOKENS = 128
 QUESTION = f"Write a very long story about {TOPICS[0]}."
 LICENCE = (Path(__file__).parents[1] / "LICENSE").read_text()
+DRAFTED = 8
+PASSAGE = LICENCE[4000:5200]
+CODE = """def mean(values):
+    total = 0
+    for value in values:
+        total = total + value
+    return total / len(values)
+"""
+# Kinds of answers: a question, and a temperature.
+ASKING = {
+    "copy": (f"Repeat this text word for word:\n\n{PASSAGE}", 0.0),
+    "edit": (f"Rename total to result, and give all of the code:\n\n{CODE}", 0.0),
+    "summary": (f"Summarize this text:\n\n{PASSAGE}", 0.0),
+    "story": (QUESTION, 0.0),
+    "story at temperature 1": (QUESTION, 1.0),
+    "story at temperature 1.5": (QUESTION, 1.5),
+}
 LONG = {512: 2300, 1024: 4800}  # about so many tokens, in characters of it
 
 
@@ -226,6 +243,34 @@ def clients(url: str) -> Figures:
     yield {}
     while True:
         yield {"one_tokens_per_s": throughput(1, 4), "sixteen_tokens_per_s": throughput(16, 32)}
+
+
+def drafts(folder: str) -> Figures:
+    """Decode of answers that repeat their prompt or themselves, and of others; DRAFTED or 0."""
+    import mlflow.pyfunc
+
+    models = {
+        drafted: mlflow.pyfunc.load_model(
+            folder, model_config={"cache_mb": 0, "prompt_lookup_num_tokens": drafted}
+        )
+        for drafted in (0, DRAFTED)
+    }
+
+    def decode(drafted: int, text: str, temperature: float) -> float:
+        request = {"messages": asked(text), "temperature": temperature, "seed": 1}
+        ttft_s, _ = timed(models[drafted].predict, {**request, "max_tokens": 1})
+        seconds, answer = timed(models[drafted].predict, {**request, "max_tokens": NEW_TOKENS})
+        return (answer["usage"]["completion_tokens"] - 1) / (seconds - ttft_s)
+
+    for drafted in models:
+        decode(drafted, QUESTION, 0)
+    yield {}
+    while True:
+        yield {
+            f"{kind}, {drafted} drafted": decode(drafted, *asking)
+            for kind, asking in ASKING.items()
+            for drafted in models
+        }
 
 
 def threads(uri: str) -> Figures:

@@ -42,6 +42,8 @@ def run_worker(request: Request) -> Exported:
         own |= {**store_variables(), "MLFLOW_RUN_ID": run.info.run_id}  # what it runs are children
     # The column loops of gptq.py are of small products, which threads only slow down.
     own["OPENBLAS_NUM_THREADS"] = "1"
+    # glibc keeps what is freed, for each thread: gigabytes where rows are rounded.
+    own |= {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(2**22)}
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -43,7 +43,8 @@ def serve(config: Config) -> None:
         timeout_graceful_shutdown=round(config.serve.shutdown_s) + 5,  # if `stop` did not do
     )
     server = Server(options, service)
-    asyncio.run(server.run_with(listener, uris, config))
+    with asyncio.Runner(loop_factory=options.get_loop_factory()) as runner:
+        runner.run(server.run_with(listener, uris, config))
     if server.error is not None:
         raise server.error
     if server.interrupted:
