@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import mlflow
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from slm.config import Config, Preflight
+from slm.digests import size_mb
 from slm.errors import InfrastructureError, UserError
 from slm.records import Checkpoint
 from slm.registry.kinds import require_registry
@@ -139,13 +140,28 @@ def require_room(config: Config, outcomes: Mapping[str, Any]) -> None:
     except UserError:  # the step that meets it says so
         return
     certain = needs_of([step for step in planned.steps if step.does == RUNS], places_of(config))
+    hold(certain, planned.greatest(), config.preflight)
+
+
+def require_room_for(step: str, config: Config, checkpoint: Path | None = None) -> None:
+    """As `require_room`, for a step that is about to run on its own; of a checkpoint if given."""
+    if config.preflight is Preflight.off:
+        return
+    size = size_of(config) if checkpoint is None else size_in(checkpoint, str(checkpoint))
+    places = places_of(config)
+    needs = list(needs_of([Planned(step, RUNS, "", *costing(step, config, size, places))], places))
+    hold(needs, needs, config.preflight)
+
+
+def hold(certain: Iterable[Need], all_needs: Iterable[Need], preflight: Preflight) -> None:
+    """Raise InfrastructureError if something lacks for certain; warn of what may not suffice."""
     lacking = next((need for need in certain if need.lacks), None)
-    if lacking and config.preflight is Preflight.stop:
+    if lacking and preflight is Preflight.stop:
         raise InfrastructureError(
             f"preflight: {lacking.words()}. {CURES[lacking.of]}, or go on in spite of it with "
             "preflight=warn."
         )
-    for need in planned.greatest():
+    for need in all_needs:
         if need.gb > need.free_gb:
             log.warning("preflight: %s: it may not suffice", need.words())
 
@@ -194,11 +210,16 @@ def costing(
     )
 
 
-def size_of(config: Config, checkpoint: Checkpoint | None) -> Size | None:
+def size_in(folder: Path, source: str) -> Size:
+    """The size of a checkpoint; `source` names it in errors."""
+    weights = sum(tensor.size for tensor in read_tensors(folder, source).values())
+    return Size(weights / 1e9, size_mb(folder) / 1e3)
+
+
+def size_of(config: Config, checkpoint: Checkpoint | None = None) -> Size | None:
     """The model's size: of the checkpoint, else as conf/ or its source says; None if none does."""
     if checkpoint is not None:
-        tensors = read_tensors(Path(checkpoint.uri), checkpoint.source).values()
-        return Size(sum(tensor.size for tensor in tensors) / 1e9, checkpoint.size_mb / 1e3)
+        return size_in(Path(checkpoint.uri), checkpoint.source)
     source, parameters = config.model.source or "", config.model.parameters
     stored = 4 if source.endswith(".gguf") else 2  # bytes: dequantized to float32, or in bfloat16
     if parameters:

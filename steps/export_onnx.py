@@ -33,6 +33,7 @@ from slm.exporters.generation import carry_over
 from slm.exporters.process import WORKER, run_worker
 from slm.exporters.structure import kept_in_int8, require_structure
 from slm.exporters.worker import Request
+from slm.planning import require_room_for
 from slm.records import OnnxModel
 from slm.running.command import entry_point
 from slm.running.run import run_step
@@ -176,6 +177,7 @@ def main(config: Config) -> OnnxModel:
     provenance = read_provenance(checkpoint)
 
     def make(folder: Path) -> OnnxModel:
+        require_room_for("export_onnx", config, checkpoint)
         if "export_onnx" in config.force:
             for each in (
                 calibrated_of(folder),

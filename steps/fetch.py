@@ -14,6 +14,7 @@ from pathlib import Path
 
 from slm.config import Config, Fetch, Model
 from slm.digests import PROVENANCE, Provenance, size_mb, write_provenance
+from slm.planning import require_room_for
 from slm.records import Checkpoint
 from slm.running.command import entry_point
 from slm.running.lineage import link_training
@@ -83,6 +84,11 @@ def training_of(source: Source, adapter: Source | None) -> dict[str, str]:
 def main(config: Config) -> Checkpoint:
     model, source, adapter = sources_of(config.model)
     expected = {name: value for name, value in asdict(model).items() if name not in BESIDES}
+
+    def make(folder: Path) -> Checkpoint:
+        require_room_for("fetch", config)
+        return fetch(model, source, folder, config.fetch, adapter)
+
     outcome = run_step(
         "fetch",
         config,
@@ -94,7 +100,7 @@ def main(config: Config) -> Checkpoint:
             **({"adapter": adapter.identity, "peft": versions("peft")} if adapter else {}),
         },
         publish=lambda *_: link_training(Provenance({}, training=training_of(source, adapter))),
-        make=lambda folder: fetch(model, source, folder, config.fetch, adapter),
+        make=make,
     )
     # What is reused was fetched when other licences were allowed.
     licence = None if outcome.licence == "unknown" else outcome.licence

@@ -21,6 +21,7 @@ from slm.digests import (
     require_model,
     size_mb,
 )
+from slm.planning import require_room_for
 from slm.records import LoggedModel, LoggedModels
 from slm.running.command import entry_point
 from slm.running.lineage import link_training, training_tags
@@ -104,6 +105,7 @@ def main(config: Config) -> LoggedModels:
     require_key_to_sign(config.signing)
 
     def make(_: Path) -> LoggedModels:
+        require_room_for("log_transformers", config, checkpoint)
         with copies_as_links(checkpoint, work_folder(config.paths.work)):
             return log_transformers(checkpoint, provenance, config.model.name, config.signing)
 

@@ -261,3 +261,17 @@ def test_memory_is_bounded_by_every_cgroup_above_the_process(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert left_in_cgroups(tmp_path) == left
+
+
+def test_a_step_by_itself_that_does_not_fit_makes_nothing(
+    lettered: Path, project: Project, machine: Callable[..., None]
+) -> None:
+    machine(disk=0)
+    with pytest.raises(InfrastructureError, match="export_onnx needs about .* GB of disk in"):
+        project.call("export_onnx", f"source={lettered}")
+    with pytest.raises(InfrastructureError, match="fetch needs about 7.6 GB of disk in"):
+        project.call("fetch", *PHI)
+    made = (project.folder / "work").rglob("result.json")
+    assert not list(made)
+    machine(disk=100)
+    assert project.call("export_onnx", f"source={lettered}", "preflight=stop").size_mb > 0
