@@ -99,14 +99,19 @@ def export(request: Request) -> Exported:
     return Exported(maker, agreed, refused, seconds, peak_mb, rounded, linears)
 
 
+def saving(target: Target, **told: Any) -> builder.Save:
+    """How a graph is written; on the CPU, a prompt's logits are asked for its last token alone."""
+    on_cpu = target.execution_provider is ExecutionProvider.cpu
+    return partial(graph.write, last_logits=on_cpu, **told)
+
+
 def choose(request: Request, checkpoint: Path, folder: Path) -> tuple[str, Parity, dict[str, str]]:
     """The first maker whose twin agrees, how closely, and why those before it were refused."""
     started = time.monotonic()
     say(0, 0, "comparing a shallow twin with transformers")
     twin = parity.write_twin(checkpoint, folder / "checkpoint", request.text, request.parity_tokens)
     reference = parity.reference_logits(twin)
-    batched = request.target.execution_provider is ExecutionProvider.cpu
-    save = partial(graph.write, quantizer=None, said=silent, last_logits=batched)
+    save = saving(request.target, quantizer=None, said=silent)
     precision = parity.twin_precision(request.target)
     refused: dict[str, str] = {}
     compared = False
