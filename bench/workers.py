@@ -155,7 +155,8 @@ def answers(answer: Callable[..., tuple[int, int]], start: float) -> Figures:
         seconds, (_, tokens) = timed(answer, NEW_TOKENS)
         figures = {"ttft_s": ttft_s, "decode_tokens_per_s": (tokens - 1) / (seconds - ttft_s)}
         for length, characters in LONG.items():
-            text = LICENCE[101 * number % 4000 :][:characters]  # which no cache has the start of
+            start = (101 * number + length) % 4000  # which no cache has the start of
+            text = LICENCE[start:][:characters]
             seconds, (tokens, _) = timed(answer, 1, text)
             figures[f"prompt_{length}_tokens_per_s"] = tokens / seconds
         yield figures
@@ -260,7 +261,7 @@ def drafts(folder: str) -> Figures:
         request = {"messages": asked(text), "temperature": temperature, "seed": 1}
         ttft_s, _ = timed(models[drafted].predict, {**request, "max_tokens": 1})
         seconds, answer = timed(models[drafted].predict, {**request, "max_tokens": NEW_TOKENS})
-        return (answer["usage"]["completion_tokens"] - 1) / (seconds - ttft_s)
+        return max(1, answer["usage"]["completion_tokens"] - 1) / (seconds - ttft_s)
 
     for drafted in models:
         decode(drafted, QUESTION, 0)

@@ -67,6 +67,7 @@ class Need:
     where: str
     gb: float
     free_gb: float
+    alone: bool = False  # without what steps before it leave
 
     @property
     def lacks(self) -> bool:
@@ -74,7 +75,8 @@ class Need:
         return self.gb * (1 - MARGINS[self.of]) > self.free_gb
 
     def words(self) -> str:
-        place = f" in {self.where}, with what the steps before it leave" if self.where else ""
+        place = f" in {self.where}" if self.where else ""
+        place += ", with what the steps before it leave" if place and not self.alone else ""
         figure = f"{self.step} needs about {self.gb:.1f} GB of {self.of}{place}"
         return f"{figure}, and {self.free_gb:.1f} GB are there"
 
@@ -147,9 +149,13 @@ def require_room_for(step: str, config: Config, checkpoint: Path | None = None) 
     """As `require_room`, for a step that is about to run on its own; of a checkpoint if given."""
     if config.preflight is Preflight.off:
         return
-    size = size_of(config) if checkpoint is None else size_in(checkpoint, str(checkpoint))
-    places = places_of(config)
-    needs = list(needs_of([Planned(step, RUNS, "", *costing(step, config, size, places))], places))
+    try:
+        size = size_of(config) if checkpoint is None else size_in(checkpoint, str(checkpoint))
+        places = places_of(config)
+        planned = Planned(step, RUNS, "", *costing(step, config, size, places))
+    except UserError:  # the step that meets it says so
+        return
+    needs = [replace(need, alone=True) for need in needs_of([planned], places)]
     hold(needs, needs, config.preflight)
 
 

@@ -101,9 +101,10 @@ class Tokenizer:
         """
         from llguidance import LLTokenizer
 
-        text = (self.folder / "tokenizer.json").read_text()
+        text = (self.folder / "tokenizer.json").read_text(encoding="utf-8")
+        count = max(self.rows, *(token + 1 for token in named_ids(json.loads(text))))
         try:
-            return LLTokenizer(text, n_vocab=self.rows, eos_token=sorted(self.end_tokens))
+            return LLTokenizer(text, n_vocab=count, eos_token=sorted(self.end_tokens))
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise RequestError(
@@ -118,7 +119,7 @@ class Tokenizer:
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())
             raise RequestError(f"response_format.json_schema.schema is not a JSON schema: {reason}")
-        return Grammar(matcher, self.rows)
+        return Grammar(matcher, self.guide.vocab_size, self.rows)
 
 
 class TextStream:
@@ -154,10 +155,10 @@ class TextStream:
 class Grammar:
     """Says which tokens one sequence may go on with."""
 
-    def __init__(self, matcher: Any, rows: int) -> None:
+    def __init__(self, matcher: Any, tokens: int, rows: int) -> None:
         self.matcher = matcher
-        self.mask = np.zeros((1, -(-rows // 32)), np.int32)  # a bit for each token
-        self.rows = rows
+        self.mask = np.zeros((1, -(-tokens // 32)), np.int32)  # a bit for each token
+        self.rows = rows  # of the model, which may have fewer
 
     def within(self, scores: np.ndarray) -> np.ndarray:
         """Scores, float32 [vocabulary], with -inf for the tokens that may not come next.
@@ -180,10 +181,14 @@ class Grammar:
 
 def ids_without_token(tokenizer: dict[str, Any], rows: int) -> np.ndarray:
     """The ids below `rows` that stand for nothing, as a padded embedding has them: int64."""
+    return np.setdiff1d(np.arange(rows), named_ids(tokenizer))
+
+
+def named_ids(tokenizer: dict[str, Any]) -> list[int]:
+    """The ids that a tokenizer.json has a token for."""
     vocabulary = tokenizer["model"]["vocab"]
     named = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    added = [token["id"] for token in tokenizer.get("added_tokens", [])]
-    return np.setdiff1d(np.arange(rows), [*named, *added])
+    return [*named, *(token["id"] for token in tokenizer.get("added_tokens", []))]
 
 
 def overlap(text: str, stop: str) -> int:

@@ -38,7 +38,6 @@ from slm.evaluation.measure import (
 from slm.evaluation.report import About, write_report
 from slm.evaluation.tasks import accuracy, show_answers
 from slm.evaluation.worker import Found
-from slm.planning import require_room_for
 from slm.records import AnsweredPrompt, Evaluation, Judged, LoggedModel
 from slm.registry.names import (
     CHAMPION,
@@ -251,11 +250,6 @@ def main(config: Config) -> Evaluation:
         read_long_text(config.evaluate),
     )
     conditions = conditions_of(inputs, config.evaluate)
-
-    def make(folder: Path) -> Evaluation:
-        require_room_for("evaluate", config)
-        return evaluate(inputs, conditions, config, folder)
-
     return run_step(
         "evaluate",
         config,
@@ -269,7 +263,7 @@ def main(config: Config) -> Evaluation:
             "gates": {name: asdict(gate) for name, gate in gates_of(config).items()},
             "tracking": shown_tracking_uri(),
         },
-        make=make,
+        make=lambda folder: evaluate(inputs, conditions, config, folder),
         still_there=is_complete,
         publish=lambda evaluation, reused: publish(evaluation, reused, inputs, config),
     )

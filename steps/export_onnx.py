@@ -177,13 +177,13 @@ def main(config: Config) -> OnnxModel:
     provenance = read_provenance(checkpoint)
 
     def make(folder: Path) -> OnnxModel:
-        require_room_for("export_onnx", config, checkpoint)
         if "export_onnx" in config.force:
             for each in (
                 calibrated_of(folder),
                 shared_of(folder, provenance, config.target, config.export),
             ):
                 shutil.rmtree(each, ignore_errors=True)
+        require_room_for("export_onnx", config, checkpoint)
         return export_onnx(checkpoint, provenance, config.target, config.export, folder)
 
     return run_step(

@@ -33,7 +33,6 @@ from slm.digests import (
 )
 from slm.environments import environment_of
 from slm.errors import InputError, StepError
-from slm.planning import require_room_for
 from slm.proof import prove
 from slm.records import ANY, LoggedModel, LoggedModels
 from slm.running.command import entry_point
@@ -238,7 +237,6 @@ def main(config: Config) -> LoggedModels:
     )
 
     def make(folder: Path) -> LoggedModels:
-        require_room_for("log_pyfunc", config)
         onnx, provenance = folders[0], provenances[0]
         if len(folders) > 1:
             onnx = folder / "onnx"

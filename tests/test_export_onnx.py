@@ -89,7 +89,8 @@ def test_both_makers_graphs_of_one_checkpoint_answer_alike(
     tiny: Path, tiny_onnx: Path, tmp_path: Path
 ) -> None:
     target = composed().target
-    write = partial(graph.write, quantizer=graph.Rtn(4, 32, 4), said=silent)
+    rtn = graph.Rtn(4, 32, 4)
+    write = partial(graph.write, quantizer=rtn, said=silent, last_logits=True)
     mobius.make(tiny, target, target.precision, tmp_path / "mobius", write)
     genai_folder = shutil.copytree(tiny_onnx, tmp_path / "genai")
     for folder in (genai_folder, tmp_path / "mobius"):
@@ -99,6 +100,9 @@ def test_both_makers_graphs_of_one_checkpoint_answer_alike(
     assert weights.stat().st_size < 3e6  # the embedding too is int4
     assert (genai.context_length, genai.defaults) == (other.context_length, other.defaults)
     assert genai.tokenizer.end_tokens == other.tokenizer.end_tokens
+    for runtime in (genai, other):
+        assert runtime.answer(["Some text"], Parameters(max_tokens=2))
+    assert other.scheduler.decoder.keeps_last  # type: ignore[attr-defined]
     tokens = genai.tokenizer.encode("Some text, and what comes after it.")
     found, expected = other.log_probabilities(tokens), genai.log_probabilities(tokens)
     np.testing.assert_allclose(found, expected, atol=1e-3)

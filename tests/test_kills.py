@@ -12,7 +12,10 @@ from slm.running.chain import PIPELINE
 
 
 def test_a_step_that_was_killed_anywhere_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    """`make test-kills` kills at more points, and leaves nothing out."""
+    """At two points of each step, for CI's minutes.
+
+    `make test-kills` kills at ten, and leaves nothing out.
+    """
     points = int(os.environ.get("SLM_KILLS", 0))
     command = [sys.executable, "-m", "tests.kills", str(tmp_path), str(points or 2)]
     command += ["--real"] if points else []

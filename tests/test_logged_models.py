@@ -178,7 +178,12 @@ def test_the_logged_models_need_no_torch_and_carry_their_provenance(packaged: Pa
         with tracking(packaged):
             pins = Path(mlflow.pyfunc.get_model_dependencies(uri)).read_text().split()
             metadata = mlflow.models.get_model_info(uri).metadata or {}
-        assert [pin.split("==")[0] for pin in pins] == ["mlflow", "numpy", "onnxruntime-genai"]
+        assert [pin.split("==")[0] for pin in pins] == [
+            "llguidance",
+            "mlflow",
+            "numpy",
+            "onnxruntime-genai",
+        ]
         assert all("==" in pin for pin in pins)
         provenance = metadata["provenance"]
         assert provenance["checkpoint"]["licence"] == "apache-2.0"

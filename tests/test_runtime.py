@@ -33,6 +33,7 @@ from slm_pyfunc.engine.runtime import Runtime
 from slm_pyfunc.engine.sampling import Sampler, candidates
 from slm_pyfunc.engine.scheduler import Busy, Completion
 from slm_pyfunc.parameters import Parameters, RequestError
+from slm_pyfunc.tokenizer import Tokenizer
 from tests.conftest import composed
 
 QUESTIONS = [
@@ -359,6 +360,14 @@ def test_a_schema_may_hold_characters_of_several_tokens(
         [[answer]] = runtime.answer(prompts[:1], parameters)
         found = json.loads(answer.text)
         assert found["mood"] == wanted["mood"] and found["by"] in names
+
+
+def test_a_grammar_knows_tokens_that_the_model_has_no_row_for(onnx: Path) -> None:
+    config = json.loads((onnx / "genai_config.json").read_text())
+    config["model"]["vocab_size"] -= 100  # as Gemma 3's, whose last token is an image's
+    grammar = Tokenizer(onnx, config).grammar('{"const": "yes"}')
+    scores = grammar.within(np.zeros(config["model"]["vocab_size"], np.float32))
+    assert 0 < np.isfinite(scores).sum() < 10
 
 
 def test_an_abandoned_stream_frees_its_row(runtime: Runtime, prompts: list[str]) -> None:

@@ -283,5 +283,8 @@ class Saved:
             save_file(self.arrays, partial)
             kept = load_file(partial)
             for name, array in self.arrays.items():
-                if not np.array_equal(kept[name], array):
-                    raise StepError(f"{partial} does not hold {name} as it was written.")
+                if kept[name].tobytes() != array.tobytes():
+                    raise StepError(
+                        f"{self.path} was not kept as it was written, at {name}: the disk or "
+                        "safetensors is at fault. Run it again."
+                    )

@@ -25,7 +25,9 @@ PROBES = (
     "山脚下的小镇",
     "👍🏽 ok 😀",
 )
-SAME_LOGPROB = 0.05  # nats between a token that is answered and the same that is scored
+# Nats between a token that is answered and the same that is scored: in pieces of other sizes, with
+# activations in int8, they may be a few tenths apart.
+SAME_LOGPROB = 1.0
 SYSTEM = {"role": "system", "content": "Be brief."}
 GREETING = ("Hello", "Hi!", "Who are you?")
 # Turns of user and assistant that have to render as the checkpoint's template renders them, with

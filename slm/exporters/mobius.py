@@ -36,11 +36,11 @@ def make(
     except (ValueError, KeyError, NotImplementedError) as error:
         raise StepError(f"mobius does not support it: {type(error).__name__}: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    save(package["model"], folder / "model.onnx")
-    write_ort_genai_config(
+    write_ort_genai_config(  # before `save`, which may add inputs that onnxruntime-genai has not
         package,
         str(folder),
         ep=provider,
         context_length=context_length_of(AutoConfig.from_pretrained(checkpoint)),
         local_config_dir=str(checkpoint),
     )
+    save(package["model"], folder / "model.onnx")

@@ -88,8 +88,7 @@ def export(request: Request) -> Exported:
             quantizer = quantizer_of(request, make, partial(say, 0, 0))
             reads_floats = isinstance(quantizer, dequantized.PositiveRtn)
             put = dequantized.put if reads_floats else graph.quantize_product
-            batched = target.execution_provider is ExecutionProvider.cpu
-            save = partial(graph.write, quantizer=quantizer, said=say, put=put, last_logits=batched)
+            save = saving(target, quantizer=quantizer, said=say, put=put)
         MAKERS[maker](checkpoint, target, target.precision, onnx, save)
     rounded = require_kept(quantizer) if isinstance(quantizer, Grid) else []
     seconds = round(time.monotonic() - started - agreed.seconds, 1)

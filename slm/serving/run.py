@@ -39,6 +39,7 @@ def serve(config: Config) -> None:
         access_log=False,
         server_header=False,
         lifespan="off",
+        http="h11",  # which bounds a request's head; httptools does not
         timeout_keep_alive=75,  # longer than proxies', which would meet a closed connection
         timeout_graceful_shutdown=round(config.serve.shutdown_s) + 5,  # if `stop` did not do
     )

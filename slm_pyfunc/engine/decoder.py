@@ -37,7 +37,7 @@ class Row:
 class Decoder(Protocol):
     """What the scheduler drives, from one thread. Logits are float32."""
 
-    takes_drafts: bool  # whether it has `extend_by_draft`
+    takes_drafts: bool  # whether `extend_by_draft` may be asked
 
     def open(self, prompt: list[int], length: int) -> Row:
         """A new row for a sequence of at most `length` tokens, begun from what is computed."""

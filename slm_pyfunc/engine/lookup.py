@@ -40,7 +40,8 @@ class PromptLookup:
         end = self.ends.get(tuple(self.tokens[-NGRAM:]))
         if end is None:
             return []
-        return self.tokens[end : end + min(self.length, most)]
+        period = len(self.tokens) - end  # of a repetition that is not over yet
+        return [self.tokens[end + i % period] for i in range(min(self.length, most))]
 
     def judge(self, drafted: int, right: int) -> None:
         """Learn how many of the tokens of a draft were right."""

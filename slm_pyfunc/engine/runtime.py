@@ -200,7 +200,8 @@ class Runtime:
             sampler = Sampler(parameters, prompt, choice, grammar)
             text = self.tokenizer.stream(parameters.stop)
             end_tokens = self.tokenizer.end_tokens
-            drafted = self.settings.prompt_lookup_num_tokens
+            takes_drafts = self.scheduler.decoder.takes_drafts
+            drafted = self.settings.prompt_lookup_num_tokens if takes_drafts else 0
             sequences.append(
                 Sequence(
                     *(prompt, parameters, sampler, text, end_tokens, events),

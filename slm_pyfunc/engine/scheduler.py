@@ -84,9 +84,10 @@ class Sequence:
     pieces: list[str] = field(default_factory=list)
     logprobs: list[LogProbability] = field(default_factory=list)
 
-    def left(self) -> list[int]:
-        """The tokens of the prompt that are not computed."""
-        return self.prompt[len(self.row.tokens) :]
+    @property
+    def left(self) -> int:
+        """How many tokens of the prompt are not computed."""
+        return len(self.prompt) - len(self.row.tokens)
 
     def take(self, logits: np.ndarray) -> int | None:
         """Choose the next token; None where the sequence ends with it."""
@@ -183,15 +184,15 @@ class Scheduler:
             if not self.reading:
                 return
             sequence = self.reading.popleft()
-            left = sequence.left()
-            piece = left[:budget]
+            left, start = sequence.left, len(sequence.row.tokens)
+            piece = sequence.prompt[start : start + budget]
             try:
                 logits = self.decoder.extend(sequence.row, piece)
             except Exception as error:
                 self.drop(sequence, error)
                 return
             budget -= len(piece)
-            if len(piece) == len(left):
+            if len(piece) == left:
                 self.advance([sequence], [logits])
             else:
                 self.reading.append(sequence)
@@ -199,12 +200,13 @@ class Scheduler:
     def open_next(self) -> None:
         """Give a row to the sequence that has waited longest, where there is room.
 
-        While a prompt is read, only to one that would wait long for it, and needs little itself.
+        While a prompt is read, only to one that would wait long for it and needs little itself, and
+        not the last row, which is for who has waited longest.
         """
-        if len(self.open) >= self.max_batch_size or len(self.reading) > 1:
-            return
         behind_long = bool(self.reading)
-        if behind_long and len(self.reading[0].left()) <= SHORT_PROMPT:
+        if len(self.open) + behind_long >= self.max_batch_size or len(self.reading) > 1:
+            return
+        if behind_long and self.reading[0].left <= SHORT_PROMPT:
             return
         with self.lock:
             fitting = (s for s in self.waiting if not behind_long or len(s.prompt) <= SHORT_PROMPT)
@@ -238,7 +240,7 @@ class Scheduler:
         self.advance(sequences, logits)
 
     def draft_of(self, sequence: Sequence) -> list[int]:
-        if sequence.lookup is None or not self.decoder.takes_drafts:
+        if sequence.lookup is None:
             return []
         return sequence.lookup.draft(sequence.parameters.max_tokens - sequence.generated - 1)
 
@@ -249,8 +251,10 @@ class Scheduler:
         computed = len(row.tokens) + 1
         try:
             logits = self.decoder.extend_by_draft(row, [token, *draft])
-        except Exception as error:
-            self.drop(sequence, error)
+        except Exception:  # perhaps of the draft: go on without
+            del row.tokens[computed - 1 :]
+            sequence.lookup = None
+            self.active.append((sequence, token))
             return
         chosen: int | None = token
         right = 0
@@ -303,7 +307,7 @@ class Scheduler:
         self.close(dropped)
 
     def close(self, sequences: list[Sequence]) -> None:
-        for sequence in reversed(sequences):  # the last rows first: fewer have to move
+        for sequence in sequences:
             self.open.remove(sequence)
             self.decoder.close(sequence.row)
 
