@@ -238,7 +238,7 @@ def small_gguf(tmp_path: Path) -> Path:
 def test_a_gguf_without_a_chat_template_is_refused_before_it_is_read(
     small_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slm.sources.gguf.load", lambda _: pytest.fail("it was dequantized"))
+    monkeypatch.setattr("slm.sources.gguf.load", lambda *_: pytest.fail("it was dequantized"))
     with pytest.raises(InputError, match="Put one beside the weights, as chat_template.jinja"):
         fetched(small_gguf.parent, tmp_path)
 
@@ -250,7 +250,7 @@ def test_a_chat_template_beside_a_gguf_is_that_of_the_checkpoint(
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(tiny, output_loading_info=True)
     read = AutoTokenizer.from_pretrained(tiny), *loaded
-    monkeypatch.setattr("slm.sources.gguf.load", lambda _: read)
+    monkeypatch.setattr("slm.sources.gguf.load", lambda *_: read)
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     (small_gguf.parent / "chat_template.jinja").write_text(template)
     outcome = fetched(small_gguf, tmp_path, licence=None)

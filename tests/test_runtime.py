@@ -253,6 +253,17 @@ def test_the_generators_of_onnxruntime_genai_agree_with_the_batch(
     np.testing.assert_allclose(*scores, atol=1e-3)
 
 
+def test_a_generators_logits_are_those_after_a_last_token_of_padding(
+    onnx: Path, runtime: Runtime
+) -> None:
+    config = json.loads((onnx / "genai_config.json").read_text())
+    single = GeneratorDecoder(onnx, config, "cpu", 2, 64)
+    for last in (config["model"]["pad_token_id"], 0, config["model"]["bos_token_id"]):
+        tokens = [*runtime.tokenizer.encode("The cat sat on the"), last]
+        logits = single.extend(single.open(tokens, 64), tokens)
+        np.testing.assert_allclose(logits, single.score(tokens)[-1], atol=1e-4)
+
+
 def test_a_prompt_out_of_the_cache_gives_the_same_answer(onnx: Path, prompts: list[str]) -> None:
     runtime = Runtime(onnx)
     parameters = Parameters(max_tokens=24, temperature=0.8, seed=5)

@@ -27,7 +27,7 @@ PROBES = (
 )
 # Nats between a token that is answered and the same that is scored: in pieces of other sizes, with
 # activations in int8, they may be a few tenths apart.
-SAME_LOGPROB = 1.0
+SAME_LOGPROB = 0.5
 SYSTEM = {"role": "system", "content": "Be brief."}
 GREETING = ("Hello", "Hi!", "Who are you?")
 # Turns of user and assistant that have to render as the checkpoint's template renders them, with

@@ -64,6 +64,7 @@ class GeneratorDecoder:
         self.bytes_per_token = 2 * 4 * values
         self.budget = int(cache_mb * 1e6)
         self.longrope = has_longrope(genai_config)
+        self.pad: int = genai_config["model"].get("pad_token_id", 0)
         self.kept: list[Row] = []  # the least recently used first
 
     def open(self, prompt: list[int], length: int) -> Row:
@@ -92,6 +93,8 @@ class GeneratorDecoder:
             generator.rewind_to(0)  # the factors of all positions change
             tokens = row.tokens
         generator.append_tokens(tokens)
+        if tokens[-1] == self.pad:  # genai 0.18 then gives the logits before it, as of a padded row
+            return generator.get_output("logits")[0, -1].astype(np.float32)
         return generator.get_logits().reshape(-1)
 
     def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray | Exception]:
