@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from slm.digests import digest_of
 from slm.errors import StepError
+from slm.variables import variables
 
 log = logging.getLogger("slm.environments")
 
@@ -52,7 +53,7 @@ def made_by_uv(requirements: list[str], place: Path, python: Path) -> bool:
         return False
     shutil.rmtree(place, ignore_errors=True)
     told = {ours: os.environ[pips] for ours, pips in UV_SETTINGS.items() if pips in os.environ}
-    environment = {**told, **os.environ}
+    environment = {**told, **variables()}
     commands = [
         [uv, "venv", "--quiet", "--python", sys.executable, str(place)],
         [uv, "pip", "install", "--quiet", "--python", str(python), *requirements],

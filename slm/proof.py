@@ -8,10 +8,11 @@ requirements alone: so it imports nothing of the project at its top, and little 
 
 import argparse
 import importlib.util
-import os
 import signal
 import subprocess
 import sys
+
+from slm.variables import variables
 
 
 def prove(
@@ -31,7 +32,7 @@ def prove(
     forbidden = [word for package in forbid for word in ("--forbid", package)]
     process = subprocess.run(
         [python, "-P", __file__, *forbidden, *uris],  # -P: slm/ is no place to import from
-        env={**os.environ, **(environment or {})},
+        env={**variables(), **(environment or {})},
         capture_output=True,
         text=True,
     )

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, unquote
 
+from slm.variables import variables
+
 HIDDEN = "***"
 # Shorter values, `true` say, are settings; and no word of a message should vanish.
 SHORTEST = 8
@@ -61,7 +63,7 @@ def secret_values() -> list[str]:
 
 
 def found_in_environment() -> Iterator[str]:
-    for name, value in os.environ.items():
+    for name, value in variables().items():
         found = PASSWORD.findall(value)
         if SECRET_VARIABLE.search(name) and not os.path.exists(value):
             found.append(value)

@@ -27,6 +27,7 @@ from slm.evaluation.worker import Found, Prompt, Request
 from slm.records import LoggedModel, from_json
 from slm.running.tracking import store_variables
 from slm.running.work import code_digests, keep, versions
+from slm.variables import variables
 from slm_pyfunc.verify import PUBLIC_KEY
 
 log = logging.getLogger("slm.measure")
@@ -217,7 +218,7 @@ def run_worker(
     command += ["--reference", against.uri] if against else []
     command += ["--only-load"] if only_load else []
     unverified = {PUBLIC_KEY: ""}  # an unsigned champion can still be measured
-    environment = {**os.environ, **store_variables(), **unverified}
+    environment = {**variables(), **store_variables(), **unverified}
     process = subprocess.run(command, cwd=ROOT, env=environment)
     if (out / "found.json").is_file():
         found = from_json(Found, json.loads((out / "found.json").read_text()))

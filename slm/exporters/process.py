@@ -3,7 +3,6 @@
 import collections
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from slm.exporters.worker import MARK, Exported, Request
 from slm.records import from_json
 from slm.running.tracking import store_variables
 from slm.running.work import enum_value
+from slm.variables import variables
 
 log = logging.getLogger("slm.export")
 WORKER = "slm.exporters.worker"
@@ -47,7 +47,7 @@ def run_worker(request: Request) -> Exported:
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, **own},
+        env={**variables(), **own},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
