@@ -12,8 +12,6 @@ import signal
 import subprocess
 import sys
 
-from slm.variables import variables
-
 
 def prove(
     uris: list[str],
@@ -28,6 +26,7 @@ def prove(
     process was killed.
     """
     from slm.errors import KilledError
+    from slm.variables import variables
 
     forbidden = [word for package in forbid for word in ("--forbid", package)]
     process = subprocess.run(
