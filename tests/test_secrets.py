@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote
@@ -15,6 +16,7 @@ import pytest
 from slm.digests import Provenance, digest_files, write_provenance
 from slm.redaction import redacted
 from slm.running.tracking import mlflow_run, without_password
+from slm.variables import variables
 from tests.conftest import TARGET, Project, tracking
 from tests.test_seal import write_keys
 
@@ -46,6 +48,7 @@ ENVIRONMENT = {name: value.replace("{}", CANARIES[name]) for name, value in GIVE
 DRIVER = """
 import importlib, json, os, sys
 from slm.running.command import entry_point
+from slm.variables import variables
 
 for command in json.loads(sys.argv[1]):
     if isinstance(command, str):
@@ -171,3 +174,14 @@ def test_a_token_in_a_projects_git_uri_does_not_stay_on_the_run(
             "https://host/repo.git#sub"
         )
     assert b"canary-of-git" not in (project.folder / "mlflow.db").read_bytes()
+
+
+def test_a_variable_that_vanishes_while_all_are_read_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Vanishing(dict[str, str]):
+        def __iter__(self) -> Iterator[str]:
+            return iter([*super().__iter__(), "UNSET_BY_A_THREAD"])
+
+    monkeypatch.setattr(os, "environ", Vanishing(HOME="/home/me"))
+    assert variables() == {"HOME": "/home/me"}
