@@ -48,7 +48,6 @@ ENVIRONMENT = {name: value.replace("{}", CANARIES[name]) for name, value in GIVE
 DRIVER = """
 import importlib, json, os, sys
 from slm.running.command import entry_point
-from slm.variables import variables
 
 for command in json.loads(sys.argv[1]):
     if isinstance(command, str):
