@@ -179,9 +179,9 @@ def test_the_logged_models_need_no_torch_and_carry_their_provenance(packaged: Pa
             pins = Path(mlflow.pyfunc.get_model_dependencies(uri)).read_text().split()
             metadata = mlflow.models.get_model_info(uri).metadata or {}
         assert [pin.split("==")[0] for pin in pins] == [
-            "llguidance",
             "mlflow",
             "numpy",
+            "llguidance",
             "onnxruntime-genai",
         ]
         assert all("==" in pin for pin in pins)
