@@ -6,8 +6,8 @@
 
 Closed loop (each client asks again when answered) and open loop (requests come at a rate), all
 streamed. `--soak` asks for so many seconds with faults among the requests, and fails if an answer
-is lost or another's, or if the process's own memory grows (keys and values are in shared maps, which
-fill up to their bound). Writes `--out`, and a plot beside it.
+is lost or another's, or if the process's own memory grows (keys and values are in shared maps,
+which fill up to their bound). Writes `--out`, and a plot beside it.
 """
 
 import argparse
