@@ -12,12 +12,9 @@ from slm.running.chain import PIPELINE
 
 
 def test_a_step_that_was_killed_anywhere_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    """At two points of each step, for CI's minutes.
-
-    `make test-kills` kills at ten, and leaves nothing out.
-    """
+    """`make test-kills` kills at more points, and leaves nothing out."""
     points = int(os.environ.get("SLM_KILLS", 0))
-    command = [sys.executable, "-m", "tests.kills", str(tmp_path), str(points or 2)]
+    command = [sys.executable, "-m", "tests.kills", str(tmp_path), str(points or 4)]
     command += ["--real"] if points else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads of many processes only spin
     process = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
@@ -31,7 +28,7 @@ def test_a_step_that_was_killed_anywhere_ends_as_one_that_was_not(tmp_path: Path
         "versions": [1, 1],
         "waited": True,
     }
-    assert len(told) == len(PIPELINE) * (2 * points or 2)
+    assert len(told) == len(PIPELINE) * (2 * points or 4)
     for point in told:
         assert point["killed"] == -signal.SIGKILL or "after_s" in point, point
         assert (point["again"], point["differs"]) == (0, {}), point
