@@ -30,6 +30,7 @@ from slm.running.work import NotKept, records, work_folder
 from slm.seal import require_key_to_sign
 from slm.sources.adapter import sources_of
 from slm.sources.hub import Hub
+from slm.sources.resolve import Source
 from slm.sources.weights import read_tensors
 
 log = logging.getLogger("slm.planning")
@@ -145,14 +146,19 @@ def require_room(config: Config, outcomes: Mapping[str, Any]) -> None:
     hold(certain, planned.greatest(), config.preflight)
 
 
-def require_room_for(step: str, config: Config, checkpoint: Path | None = None) -> None:
-    """As `require_room`, for a step that is about to run on its own; of a checkpoint if given."""
+def require_room_for(
+    step: str, config: Config, checkpoint: Path | None = None, source: Source | None = None
+) -> None:
+    """As `require_room`, for a step that is about to run on its own.
+
+    The size is that of its `checkpoint`, or as its `source` says, which is not asked for again.
+    """
     if config.preflight is Preflight.off:
         return
     try:
-        size = size_of(config) if checkpoint is None else size_in(checkpoint, str(checkpoint))
+        size = size_in(checkpoint, str(checkpoint)) if checkpoint else size_of(config, None, source)
         places = places_of(config)
-        planned = Planned(step, RUNS, "", *costing(step, config, size, places))
+        planned = Planned(step, RUNS, "", *costing(step, config, size, places, source))
     except UserError:  # the step that meets it says so
         return
     needs = [replace(need, alone=True) for need in needs_of([planned], places)]
@@ -188,7 +194,11 @@ def ask(link: Link, config: Config, outcomes: dict[str, Any]) -> tuple[str, str]
 
 
 def costing(
-    step: str, config: Config, size: Size | None, places: Mapping[str, Path]
+    step: str,
+    config: Config,
+    size: Size | None,
+    places: Mapping[str, Path],
+    source: Source | None = None,
 ) -> tuple[Cost, str]:
     """What a step takes: as it took last time, else by the size of the model."""
     cost = Cost() if size is None else cost_of(step, size, config)
@@ -196,7 +206,7 @@ def costing(
         cost = replace(cost, store_gb=0.0)  # hard links
     if cost.cache_gb:
         links = same_disk(places["cache_gb"], places["disk_gb"])
-        source = sources_of(config.model)[1]
+        source = source or sources_of(config.model)[1]
         there = isinstance(source, Hub) and source.cached() is not None
         cost = replace(
             cost,
@@ -222,15 +232,17 @@ def size_in(folder: Path, source: str) -> Size:
     return Size(weights / 1e9, size_mb(folder) / 1e3)
 
 
-def size_of(config: Config, checkpoint: Checkpoint | None = None) -> Size | None:
+def size_of(
+    config: Config, checkpoint: Checkpoint | None, source: Source | None = None
+) -> Size | None:
     """The model's size: of the checkpoint, else as conf/ or its source says; None if none does."""
     if checkpoint is not None:
         return size_in(Path(checkpoint.uri), checkpoint.source)
-    source, parameters = config.model.source or "", config.model.parameters
-    stored = 4 if source.endswith(".gguf") else 2  # bytes: dequantized to float32, or in bfloat16
+    named, parameters = config.model.source or "", config.model.parameters
+    stored = 4 if named.endswith(".gguf") else 2  # bytes: dequantized to float32, or in bfloat16
     if parameters:
         return Size(parameters / 1e9, stored * parameters / 1e9)
-    checkpoint_gb = sources_of(config.model)[1].weights_gb()
+    checkpoint_gb = (source or sources_of(config.model)[1]).weights_gb()
     return None if checkpoint_gb is None else Size(checkpoint_gb / stored, checkpoint_gb)
 
 

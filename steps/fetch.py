@@ -86,7 +86,7 @@ def main(config: Config) -> Checkpoint:
     expected = {name: value for name, value in asdict(model).items() if name not in BESIDES}
 
     def make(folder: Path) -> Checkpoint:
-        require_room_for("fetch", config)
+        require_room_for("fetch", config, source=source)
         return fetch(model, source, folder, config.fetch, adapter)
 
     outcome = run_step(

@@ -13,28 +13,23 @@ from slm_pyfunc.engine.decoder import LOGITS_TO_KEEP
 AFTERWARDS = ("Cast", "Mul", "Div", "Tanh", "Add", "Identity")
 
 
-def keep_last(graph: ir.Graph) -> bool:
+def keep_last(graph: ir.Graph) -> None:
     """Give a graph the input LOGITS_TO_KEEP, int64 [1]: how many of each row's last logits to give.
 
     0, its value where nobody gives one, means all, as for transformers' argument of that name.
-    Returns False, and leaves the graph as it is, where its head is not found.
+    Leaves the graph as it is where its head is not found.
     """
     head = head_of(graph)
     if head is None:
-        return False
-    keep = ir.Value(name=LOGITS_TO_KEEP, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
-    keep.const_value = ir.Tensor(np.zeros(1, np.int64), name=LOGITS_TO_KEEP)
-    graph.inputs.append(keep)  # as an initializer, too: an input that has a default
-    graph.register_initializer(keep)
-    end, axis = (
-        constant(graph, f"{LOGITS_TO_KEEP}_{name}", value)
-        for name, value in (("end", np.iinfo(np.int64).max), ("axis", 1))
-    )
+        return
+    keep = constant(graph, LOGITS_TO_KEEP, 0)
+    graph.inputs.append(keep)  # an initializer that is an input: one that has a default
+    end = constant(graph, f"{LOGITS_TO_KEEP}_end", np.iinfo(np.int64).max)
+    axis = constant(graph, f"{LOGITS_TO_KEEP}_axis", 1)
     first = ir.node("Neg", [keep])
     kept = ir.node("Slice", [head.inputs[0], first.outputs[0], end, axis])
     graph.insert_before(head, [first, kept])
     head.replace_input_with(0, kept.outputs[0])
-    return True
 
 
 def head_of(graph: ir.Graph) -> ir.Node | None:

@@ -1,7 +1,7 @@
 """Draft an answer's next tokens from what the prompt or the answer says already.
 
 Prompt lookup decoding (Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding): where
-the last tokens stood before, those that followed them there are a draft. The model checks all of a
+the last tokens stood before, the tokens that followed there are a draft. The model checks all of a
 draft in one call, and takes none that it would not have chosen. It needs no second model, and pays
 where answers repeat their prompts: summaries, edits, code.
 """
@@ -14,7 +14,7 @@ PAUSE, LONGEST_PAUSE = 8, 128  # tokens without a draft after one of which nothi
 class PromptLookup:
     """The tokens of one sequence, and where each NGRAM of them last stood.
 
-    Drafts grow while they are right. After one that was wrong from its first token on, there is
+    Drafts grow while they are right. After a draft whose first token was wrong, there is
     none for a while, twice as long each time, so that text without repetitions costs little.
     """
 

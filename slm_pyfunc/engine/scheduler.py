@@ -200,8 +200,8 @@ class Scheduler:
     def open_next(self) -> None:
         """Give a row to the sequence that has waited longest, where there is room.
 
-        While a prompt is read, only to one that would wait long for it and needs little itself, and
-        not the last row, which is for who has waited longest.
+        While a long prompt is read, only a sequence with a short prompt gets a row, and never the
+        last one: the sequence that has waited longest gets that.
         """
         behind_long = bool(self.reading)
         if len(self.open) + behind_long >= self.max_batch_size or len(self.reading) > 1:
