@@ -24,7 +24,7 @@ from rich.console import Console
 
 from bench.server import serving
 from bench.workers import ASKING, DRAFTED, LONG
-from slm.config import ROOT, user_cache
+from slm.config.common import ROOT, user_cache
 from slm.evaluation.summary import table
 from slm.running.tracking import settle_tracking
 from slm.running.work import versions

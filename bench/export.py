@@ -4,17 +4,20 @@
     python -m bench.export 7B --quantizer builder
     python -m bench.export 1B --limit-mb 2500   # fails if it needs more than that
     python -m bench.export 3.8B --quantizer gptq --scratch /tmp/calibration --layers 2
+    python -m bench.export 3.8B --quantizer gptq --depth 2 --budget-bits 6.3
 
 Writes each checkpoint (bfloat16), exports it, and removes both. Peaks are of the exporter's
 process: resident, and anonymous (without the pages of mapped files), sampled ten times a second.
 
 A quantizer that calibrates reads the text that ships. With `--layers` its process is killed as soon
 as that many more layers are calibrated, and a line for each tells what it took. `--scratch` keeps
-what was made, so that the same command goes on after the last whole layer.
+what was made, so that the same command goes on after the last whole layer. `--depth` writes a
+checkpoint of fewer layers, as wide as ever, whose head and budget are reached within minutes.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -26,7 +29,8 @@ from typing import Any
 
 import psutil
 
-from slm.config import ROOT, ExecutionProvider, Precision, Quantizer, Target
+from slm.config.common import ROOT
+from slm.config.target import ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import KilledError, StepError
 from slm.exporters import process
 from slm.exporters.calibration_text import read_calibration
@@ -132,22 +136,24 @@ def mb_of(status: str, key: str) -> float:
     return int(found[1]) * 1.024e-3 if found else 0.0
 
 
-def measure(name: str, quantizer: Quantizer, limit_mb: int, layers: int, scratch: Path) -> str:
+def measure(name: str, asked: argparse.Namespace, scratch: Path) -> str:
     """One row of the table; "" if it was ended after some layers."""
     checkpoint, calibrated = scratch / "checkpoint", scratch / "calibrated"
     if not (checkpoint / INDEX).is_file():
-        write_checkpoint(checkpoint, SHAPES[name])
+        shape = SHAPES[name]
+        write_checkpoint(checkpoint, shape | {"layers": asked.depth or shape["layers"]})
     calibrated.mkdir(exist_ok=True)
     for left in ("onnx", "work"):  # of a process that was killed
         shutil.rmtree(scratch / left, ignore_errors=True)
     own = {"algo_config": "default", "block_size": 32, "accuracy_level": 4}
-    cpu, int4 = ExecutionProvider.cpu, Precision.int4
+    cpu, int4, quantizer = ExecutionProvider.cpu, Precision.int4, asked.quantizer
+    target = Target("cpu", cpu, int4, "", quantizer=quantizer, builder_options=own)
     onnx, work = str(scratch / "onnx"), str(scratch / "work")
     request = Request(
         checkpoint=str(checkpoint),
         onnx=onnx,
         scratch=work,
-        target=Target("cpu", cpu, int4, "", quantizer=quantizer, builder_options=own),
+        target=dataclasses.replace(target, budget_bits=asked.budget_bits),
         makers=["genai"],
         text="some text " * 40,
         parity_tokens=8192,
@@ -158,13 +164,13 @@ def measure(name: str, quantizer: Quantizer, limit_mb: int, layers: int, scratch
     )
     mapped = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     # safetensors maps files privately, which Linux counts though they take no memory.
-    limit = limit_mb * 10**6 + mapped if limit_mb else 0
-    peaks, start = Peaks(limit, calibrated, layers), time.monotonic()
+    limit = asked.limit_mb * 10**6 + mapped if asked.limit_mb else 0
+    peaks, start = Peaks(limit, calibrated, asked.layers), time.monotonic()
     peaks.start()
     try:
         exported = process.run_worker(request)
     except (StepError, KilledError):
-        if not layers or len(peaks.laps) < layers:
+        if not asked.layers or len(peaks.laps) < asked.layers:
             raise
         return ""
     finally:
@@ -185,6 +191,8 @@ def main() -> None:
     parser.add_argument("--quantizer", type=Quantizer, default=Quantizer.rtn, choices=Quantizer)
     parser.add_argument("--limit-mb", type=int, default=0, help="of private memory (Linux)")
     parser.add_argument("--layers", type=int, default=0, help="to calibrate before it is killed")
+    parser.add_argument("--depth", type=int, default=0, help="layers of the checkpoint, if fewer")
+    parser.add_argument("--budget-bits", type=float, help="a weight, of calibrated int4 and int8")
     parser.add_argument("--scratch", type=Path, help="where the checkpoints stay, 3 bytes a weight")
     arguments = parser.parse_args()
     set_up_logging()
@@ -196,7 +204,6 @@ def main() -> None:
         columns = ["shape", "quantizer", "10^9 weights", "s", "of it parity"]
         columns += ["resident MB", "anonymous MB", "MB"]
         print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    own = arguments.quantizer, arguments.limit_mb, arguments.layers
     for name in arguments.shapes:
         with contextlib.ExitStack() as stack:
             if arguments.scratch is None:
@@ -204,7 +211,7 @@ def main() -> None:
             else:
                 scratch = arguments.scratch / name
                 scratch.mkdir(parents=True, exist_ok=True)
-            print(measure(name, *own, scratch), flush=True)
+            print(measure(name, arguments, scratch), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from bench.__main__ import Rounds, Worker, report, take_turns
-from slm.config import CONF, ROOT, WINDOW, Config
+from slm.config import Config
+from slm.config.common import CONF, ROOT
+from slm.config.packaging import WINDOW
 from slm.evaluation.fidelity import compare_with_reference, write_reference
 from slm.records import OnnxModel
 from slm.running.tracking import settle_tracking

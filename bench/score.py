@@ -21,7 +21,7 @@ import pandas as pd
 
 from bench.cluster import cluster
 from bench.workers import TOPICS
-from slm.config import Format, Score
+from slm.config.use import Format, Score
 from slm.running.logs import set_up_logging
 from slm.running.tracking import local_path, settle_tracking
 from slm.scoring.spark import spark_session

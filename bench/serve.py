@@ -33,7 +33,7 @@ from rich.console import Console
 from bench.__main__ import Worker, machine, ratio, report
 from bench.export import mb_of
 from bench.load import Seen, ask, closed_loop, figures, open_loop, post
-from slm.config import ROOT, user_cache
+from slm.config.common import ROOT, user_cache
 from slm.evaluation.summary import table
 from slm.running.tracking import settle_tracking
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import mlflow
 
 from bench.export import SHAPES, Peaks, write_checkpoint
-from slm.config import ROOT
+from slm.config.common import ROOT
 
 STEPS = ("fetch", "export_onnx", "log_pyfunc", "log_transformers")
 

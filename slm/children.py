@@ -10,7 +10,8 @@ from typing import Any
 import mlflow
 from mlflow.exceptions import ExecutionException
 
-from slm.config import ROOT, Config
+from slm.config import Config
+from slm.config.common import ROOT
 from slm.errors import InfrastructureError, StepError, ToldError, UserError, is_away
 from slm.planning import require_room
 from slm.records import from_json

@@ -10,7 +10,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 from pydantic import TypeAdapter
 
-from slm.config import Baseline
+from slm.config.model import Baseline
 from slm.digests import Provenance
 from slm.errors import InputError, one_line
 

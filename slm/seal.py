@@ -13,7 +13,7 @@ from typing import Any
 
 import mlflow
 
-from slm.config import Signing
+from slm.config.packaging import Signing
 from slm.digests import digest_file
 from slm.errors import InputError, StepError, one_line
 from slm.records import LoggedModel

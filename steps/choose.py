@@ -16,7 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from mlflow import MlflowClient
 
 from slm.children import Chain, overrides_for_children
-from slm.config import Config, Gate, Objective
+from slm.config import Config
+from slm.config.model import Gate
+from slm.config.target import Objective
 from slm.errors import (
     InputError,
     StepError,

@@ -18,7 +18,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from slm.config import ROOT, Clean, Config
+from slm.config import Config
+from slm.config.common import ROOT
+from slm.config.use import Clean
 from slm.digests import size_mb
 from slm.evaluation.summary import table
 from slm.registry.needs import of_live_runs, of_versions

@@ -20,7 +20,9 @@ import pandas as pd
 from mlflow.data.pandas_dataset import PandasDataset, from_pandas
 from mlflow.exceptions import MlflowException
 
-from slm.config import Baseline, Config, Interface
+from slm.config import Config
+from slm.config.model import Baseline
+from slm.config.packaging import Interface
 from slm.errors import InputError
 from slm.evaluation.data import read_long_text, read_prompts, read_texts
 from slm.evaluation.gates import gates_of, judge

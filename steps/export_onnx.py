@@ -14,7 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from slm.config import ROOT, WINDOW, Config, Export, Graph, Target
+from slm.config import Config
+from slm.config.common import ROOT
+from slm.config.packaging import WINDOW, Export, Graph
+from slm.config.target import Target
 from slm.digests import (
     Provenance,
     digest_files,

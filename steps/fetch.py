@@ -12,7 +12,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from slm.config import Config, Fetch, Model
+from slm.config import Config
+from slm.config.model import Fetch, Model
 from slm.digests import PROVENANCE, Provenance, size_mb, write_provenance
 from slm.planning import require_room_for
 from slm.records import Checkpoint

@@ -21,7 +21,10 @@ import mlflow
 from mlflow.models import Model
 
 from slm.bundle import bundle, digests_of, provider_of
-from slm.config import ROOT, Config, Interface, LogPyfunc, Signing, Target
+from slm.config import Config
+from slm.config.common import ROOT
+from slm.config.packaging import Interface, LogPyfunc, Signing
+from slm.config.target import Target
 from slm.digests import (
     Provenance,
     digest_files,

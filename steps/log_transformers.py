@@ -12,7 +12,8 @@ from pathlib import Path
 import mlflow
 from mlflow.models import Model
 
-from slm.config import Config, Signing
+from slm.config import Config
+from slm.config.packaging import Signing
 from slm.digests import (
     Provenance,
     digest_of,

@@ -20,7 +20,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from slm.config import Config, Register, Signing
+from slm.config import Config
+from slm.config.packaging import Register, Signing
 from slm.errors import StepError, VerdictError
 from slm.records import Evaluation, LoggedModel, RegisteredVersion, Registration
 from slm.redaction import redacted

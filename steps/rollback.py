@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 import mlflow
 from mlflow import MlflowClient
 
-from slm.config import Config, Interface, Register, Signing
+from slm.config import Config
+from slm.config.packaging import Interface, Register, Signing
 from slm.errors import InputError, StepError
 from slm.records import from_json
 from slm.registry.kinds import require_rights, tag_limit

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import mlflow
 
-from slm.config import Config, Score
+from slm.config import Config
+from slm.config.use import Score
 from slm.errors import StepError
 from slm.records import LoggedModel, Scored
 from slm.redaction import redacted

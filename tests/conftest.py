@@ -1,16 +1,19 @@
 """The real pipeline on the real small model, once for the session, and what it left."""
 
+import atexit
 import contextlib
+import functools
 import importlib
 import logging
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +23,9 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from slm.config import CONF, ROOT, Config, Interface, Signing
+from slm.config import Config
+from slm.config.common import CONF, ROOT
+from slm.config.packaging import Interface, Signing
 from slm.digests import read_provenance
 from slm.evaluation.data import read_long_text, read_prompts, read_texts
 from slm.evaluation.measure import Inputs, Measurement, Measuring, request_of
@@ -283,7 +288,8 @@ def tiny_onnx(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX folder of `tiny`."""
     folder, target = tmp_path_factory.mktemp("tiny-onnx") / "onnx", composed().target
     rtn = Rtn(4, target.builder_options["block_size"], target.builder_options["accuracy_level"])
-    make(tiny, target, target.precision, folder, partial(write, quantizer=rtn, said=silent))
+    fill = functools.partial(write, quantizer=rtn, said=silent)
+    make(tiny, target, target.precision, folder, fill)
     return folder
 
 
@@ -339,8 +345,18 @@ def ended(
     return int(raised.value.code or 0)
 
 
+@functools.cache
+def empty_store() -> Path:
+    """MLflow's SQLite store with its tables, which take a second to make, and nothing else."""
+    path = Path(tempfile.mkdtemp(prefix="empty-store-")) / "mlflow.db"
+    atexit.register(shutil.rmtree, path.parent)
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 def create_experiment(folder: Path) -> None:
-    """An experiment whose artifacts stay in the test's folder."""
+    """An experiment whose artifacts stay in the test's folder, in a store of its own."""
+    copy_store(empty_store(), folder)
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     client.create_experiment("tests", artifact_location=(folder / "mlruns").as_uri())
 

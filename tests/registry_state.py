@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 import steps.register
-from slm.config import ROOT
+from slm.config.common import ROOT
 from slm.records import Evaluation, Registration
 from slm.registry.names import aliases_of
 from slm.running.work import enum_value

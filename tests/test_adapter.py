@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slm.config import Fetch, Model
+from slm.config.model import Fetch, Model
 from slm.digests import read_provenance
 from slm.errors import InputError
 from slm.exporters.builder import make

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bench.export import write_checkpoint
-from slm.config import ROOT
+from slm.config.common import ROOT
 from slm.errors import words_for
 from slm.exporters.builder import make
 from slm.exporters.graph import Packed, Rtn, write

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from slm.bundle import bundle, digests_of
-from slm.config import Interface
+from slm.config.packaging import Interface
 from slm.digests import Provenance, read_provenance, write_provenance
 from slm.errors import InputError
 from slm.exporters.builder import make

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from slm.config import ROOT, Quantizer
+from slm.config.common import ROOT
+from slm.config.target import Quantizer
 from slm.digests import read_provenance, write_provenance
 from slm.errors import InputError, StepError
 from slm.exporters import builder, graph, mobius

@@ -16,7 +16,9 @@ import mlflow
 import pytest
 
 from slm.children import Chain, Child, overrides_for_children
-from slm.config import CONF, Config, Objective
+from slm.config import Config
+from slm.config.common import CONF
+from slm.config.target import Objective
 from slm.errors import InfrastructureError, InputError, StepError, UnreachableError, UserError
 from slm.evaluation import comparison
 from slm.evaluation.choice import Tried, best, budget_of, nearest, why

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slm.config import CONF, ROOT, Baseline, Config
+from slm.config import Config
+from slm.config.common import CONF, ROOT
+from slm.config.model import Baseline
 from tests.conftest import Project, composed
 
 ENTRY_POINTS = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]

@@ -23,7 +23,7 @@ from mlflow.projects.databricks import DatabricksSubmittedRun
 
 from deploy.databricks.serve import FEW_THREADS, THREADS, serve
 from deploy.databricks.submit import CLUSTER, LIMIT_MB, submit
-from slm.config import ROOT
+from slm.config.common import ROOT
 from slm.registry.names import CHAMPION, PREVIOUS, ROLLED_BACK
 from tests.conftest import MODEL, TARGET, composed
 from tests.databricks import READY, USER, Workspace

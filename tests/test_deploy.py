@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import yaml
 
-from slm.config import ROOT
+from slm.config.common import ROOT
 from slm.serving.service import Service, application
 from tests.conftest import composed
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from slm.config import ROOT
+from slm.config.common import ROOT
 from slm.running.hydra_errors import keys_beside
 from tests.conftest import composed
 

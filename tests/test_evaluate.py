@@ -18,7 +18,8 @@ import pytest
 import yaml
 from mlflow.exceptions import MlflowException
 
-from slm.config import Baseline, Evaluate, Gate
+from slm.config.model import Baseline, Gate
+from slm.config.packaging import Evaluate
 from slm.errors import InputError, VerdictError
 from slm.evaluation.data import read_prompts, read_texts
 from slm.evaluation.fidelity import (

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from slm.config import Fetch, Model
+from slm.config.model import Fetch, Model
 from slm.digests import digest_file
 from slm.errors import InputError
 from slm.records import Checkpoint

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from slm.config import Quantizer
+from slm.config.target import Quantizer
 from slm.errors import StepError
 from slm.exporters import builder, graph, mobius
 from slm.exporters.generation import carry_over

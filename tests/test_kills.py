@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slm.config import ROOT
+from slm.config.common import ROOT
 from slm.running.chain import PIPELINE
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 
-from slm.config import Interface
+from slm.config.packaging import Interface
 from slm.digests import write_provenance
 from slm.environments import environment_of
 from slm.errors import InputError, StepError

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from slm.children import Chain
-from slm.config import ROOT
+from slm.config.common import ROOT
 from slm.digests import write_provenance
 from slm.errors import InputError, ToldError
 from slm.evaluation.summary import next_lines

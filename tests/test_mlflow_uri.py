@@ -8,7 +8,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from slm.config import Model
+from slm.config.model import Model
 from slm.digests import read_provenance
 from slm.errors import InputError
 from slm.records import Checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from slm.config import CONF
+from slm.config.common import CONF
 from slm.exporters import worker
 from slm.exporters.checks import require_it_generates
 from slm.exporters.generation import carry_over

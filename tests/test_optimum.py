@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from exporters.optimum.export import older_rope
-from slm.config import Graph
+from slm.config.packaging import Graph
 from slm.errors import StepError
 from slm.exporters import graph, optimum
 from slm.exporters.gptq import unpack

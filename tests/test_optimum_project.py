@@ -15,7 +15,7 @@ import psutil
 import pytest
 from mlflow.environment_variables import MLFLOW_ENV_ROOT
 
-from slm.config import ROOT
+from slm.config.common import ROOT
 from slm.errors import StepError
 from slm.exporters import optimum
 from slm.exporters.worker import choose

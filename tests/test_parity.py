@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from slm.config import Graph
+from slm.config.packaging import Graph
 from slm.errors import StepError
 from slm.exporters.worker import Request, choose
 from tests.checkpoints import write_tiny, write_tokenizer

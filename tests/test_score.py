@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from slm.config import Format, Score
+from slm.config.use import Format, Score
 from slm.errors import InputError, UnreachableError
 from slm.scoring.rows import BUCKETS, first_bucket, parts_of, rows_of_parts
 from slm.scoring.spark import require_java, require_master, spark_session

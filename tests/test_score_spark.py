@@ -18,7 +18,8 @@ import pytest
 
 from bench.cluster import cluster
 from deploy.databricks.score import score as databricks_score
-from slm.config import ROOT, Interface
+from slm.config.common import ROOT
+from slm.config.packaging import Interface
 from slm.digests import write_provenance
 from slm.errors import InputError, StepError
 from slm.exporters.builder import make

@@ -20,7 +20,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 import steps.register
-from slm.config import Interface, Signing
+from slm.config.packaging import Interface, Signing
 from slm.digests import Provenance, digest_files, read_provenance, write_provenance
 from slm.errors import InputError, StepError
 from slm.records import Evaluation, LoggedModel, RegisteredVersion

@@ -19,7 +19,8 @@ import mlflow
 import openai
 import pytest
 
-from slm.config import ROOT, Interface
+from slm.config.common import ROOT
+from slm.config.packaging import Interface
 from slm.errors import InputError, StepError
 from tests.conftest import MODEL, TARGET, Packaged, Project, copy_store, log_onnx, tracking
 from tests.test_seal import write_keys

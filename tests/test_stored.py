@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from slm.config import Model
+from slm.config.model import Model
 from slm.errors import InputError, UnreachableError
 from slm.sources.resolve import Source, resolve
 from slm.sources.web import Web

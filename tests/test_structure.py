@@ -12,7 +12,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from slm.config import CONF, Target
+from slm.config.common import CONF
+from slm.config.target import Target
 from slm.errors import InputError, StepError
 from slm.exporters import graph, worker
 from slm.exporters.generation import carry_over

@@ -7,7 +7,7 @@ from typing import Any
 import mlflow
 from mlflow.models import infer_signature
 
-from slm.config import Interface
+from slm.config.packaging import Interface
 from slm.digests import Provenance
 from slm.evaluation.metrics import METRICS
 from slm.records import Evaluation, LoggedModel

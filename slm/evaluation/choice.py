@@ -7,7 +7,9 @@ import math
 import re
 from dataclasses import dataclass
 
-from slm.config import Evaluate, Gate, Objective
+from slm.config.model import Gate
+from slm.config.packaging import Evaluate
+from slm.config.target import Objective
 from slm.errors import InputError
 from slm.evaluation.gates import judge
 from slm.evaluation.metrics import is_of_harness, metric_named

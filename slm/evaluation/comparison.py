@@ -12,7 +12,7 @@ import mlflow
 import pandas as pd
 from rich.console import Console
 
-from slm.config import Gate
+from slm.config.model import Gate
 from slm.digests import digest_of
 from slm.evaluation.metrics import metric_named
 from slm.evaluation.report import formatted, svg, templates

@@ -9,7 +9,7 @@ Texts are JSON Lines, plain text, CSV or Parquet, here or in a dataset at the Hu
 from dataclasses import replace
 from typing import Any
 
-from slm.config import Evaluate
+from slm.config.packaging import Evaluate
 from slm.errors import InputError
 from slm.evaluation.positions import LIMIT
 from slm.evaluation.tasks import require_prompt

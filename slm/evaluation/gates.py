@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 
-from slm.config import Baseline, Config, Gate
+from slm.config import Config
+from slm.config.model import Baseline, Gate
 from slm.errors import InputError
 from slm.evaluation.metrics import base_name, metric_named
 from slm.records import Judged

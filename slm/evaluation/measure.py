@@ -20,7 +20,8 @@ from typing import Any
 import mlflow
 from mlflow.exceptions import MlflowException
 
-from slm.config import ROOT, Evaluate
+from slm.config.common import ROOT
+from slm.config.packaging import Evaluate
 from slm.digests import digest_of
 from slm.errors import KilledError, UserError, error_of, one_line
 from slm.evaluation.worker import Found, Prompt, Request

@@ -9,7 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from slm.config import Baseline, Config
+from slm.config import Config
+from slm.config.model import Baseline
 from slm.digests import Provenance
 from slm.evaluation.metrics import INTERVAL_ENDS, METRICS, Metric, is_of_harness, metric_named
 from slm.evaluation.tasks import missed

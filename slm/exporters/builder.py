@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from slm.config import Precision, Target
+from slm.config.target import Precision, Target
 from slm.errors import StepError
 from slm.running.patched import patched
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jsonschema
 
-from slm.config import WINDOW
+from slm.config.packaging import WINDOW
 from slm.errors import InputError
 from slm.running.whole import write_whole
 from slm.sources.rows import MESSAGES, data_file, read_jsonl, readable

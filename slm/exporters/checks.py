@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from slm.config import Target
+from slm.config.target import Target
 from slm.errors import StepError, one_line
 from slm_pyfunc.engine.decoder import ExecutionProviderUnavailable
 from slm_pyfunc.engine.runtime import Runtime

@@ -3,7 +3,7 @@ onnxruntime-genai's builder lacks. It quantizes nothing itself."""
 
 from pathlib import Path
 
-from slm.config import ExecutionProvider, Precision, Target
+from slm.config.target import ExecutionProvider, Precision, Target
 from slm.errors import StepError
 from slm.exporters.builder import Save
 from slm.sources.verify import context_length_of

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm.config import ROOT, ExecutionProvider, Precision, Target
+from slm.config.common import ROOT
+from slm.config.target import ExecutionProvider, Precision, Target
 from slm.environments import environment_of
 from slm.errors import StepError
 from slm.exporters.builder import Save

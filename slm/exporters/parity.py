@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from slm.config import ExecutionProvider, Precision, Target
+from slm.config.target import ExecutionProvider, Precision, Target
 from slm.sources.verify import context_length_of
 from slm.sources.weights import weight_files
 from slm_pyfunc.engine.batch_decoder import BatchDecoder

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow
 from tqdm import tqdm
 
-from slm.config import ROOT
+from slm.config.common import ROOT
 from slm.errors import KilledError, error_of
 from slm.exporters.worker import MARK, Exported, Request
 from slm.records import from_json

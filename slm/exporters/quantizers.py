@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm.config import WINDOW, ExecutionProvider, Precision, Quantizer, Target
+from slm.config.packaging import WINDOW
+from slm.config.target import ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import InputError, StepError
 from slm.exporters import dequantized, graph
 from slm.exporters.grid import Grid

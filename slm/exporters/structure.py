@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from slm.config import ExecutionProvider, Precision, Quantizer, Target
+from slm.config.target import ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import StepError
 from slm.sources.weights import BITS, are_finite, read_tensors
 from slm_pyfunc.engine.decoder import LOGITS_TO_KEEP

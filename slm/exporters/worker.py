@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slm.config import ExecutionProvider, Graph, Quantizer, Target
+from slm.config.packaging import Graph
+from slm.config.target import ExecutionProvider, Quantizer, Target
 from slm.errors import StepError, as_user_error, one_line, words_for
 from slm.exporters import builder, dequantized, graph, mobius, optimum, parity
 from slm.exporters.grid import Grid

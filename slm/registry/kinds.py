@@ -4,7 +4,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from slm.config import Register
+from slm.config.packaging import Register
 from slm.errors import InputError, StepError, one_line
 from slm.redaction import redacted
 from slm.running.tracking import TEXT_LIMIT

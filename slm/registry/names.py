@@ -4,7 +4,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from slm.config import Register
+from slm.config.packaging import Register
 from slm.records import LoggedModel
 from slm.registry.kinds import require_registry
 from slm.running import lineage

@@ -7,7 +7,7 @@ again, these functions end as if there had been no kill.
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from slm.config import Baseline, Gate
+from slm.config.model import Baseline, Gate
 from slm.evaluation.gates import judge
 from slm.records import Evaluation
 from slm.registry.names import (

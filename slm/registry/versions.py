@@ -13,7 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
-from slm.config import Register
+from slm.config.packaging import Register
 from slm.digests import digest_of
 from slm.errors import InputError, StepError, is_away, one_line
 from slm.evaluation.metrics import base_name, is_of_harness

@@ -12,7 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from slm.config import CONF, Config, Target
+from slm.config import Config
+from slm.config.common import CONF
+from slm.config.target import Target
 from slm.errors import InputError
 from slm.records import Checkpoint, Evaluation, LoggedModels, OnnxModel, Registration
 from slm.running.run import ASKED, Ask

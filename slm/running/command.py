@@ -28,7 +28,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from slm.config import CONF, ROOT, Config
+from slm.config import Config
+from slm.config.common import CONF, ROOT
 from slm.errors import InputError, ToldError, UserError, as_user_error, told_of
 from slm.redaction import redacted
 from slm.running.chain import PIPELINE

@@ -7,7 +7,9 @@ size only (fetch, the logging steps, evaluate with `evaluate=smoke`, register) g
 import math
 from dataclasses import dataclass, replace
 
-from slm.config import Config, Graph, Precision, Quantizer
+from slm.config import Config
+from slm.config.packaging import Graph
+from slm.config.target import Precision, Quantizer
 
 # Bytes of an ONNX folder for each weight: scales and an embedding in more bits included.
 ONNX_BYTES = {4: 0.7, 8: 1.2}

@@ -11,7 +11,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from slm.config import CONF, Config
+from slm.config import Config
+from slm.config.common import CONF
 
 
 def explain(error: Exception) -> str:

@@ -21,7 +21,8 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
 
-from slm.config import ROOT, Config
+from slm.config import Config
+from slm.config.common import ROOT
 from slm.errors import InputError, UnreachableError, one_line, told_of
 from slm.redaction import redacted
 from slm.running.killed import end_killed, on_record

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
-from slm.config import ROOT
+from slm.config.common import ROOT
 from slm.digests import digest_file, digest_files, digest_of
 from slm.records import from_json
 from slm.running.memory import peak_with_children_mb

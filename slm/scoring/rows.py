@@ -7,7 +7,7 @@ alone: neither the order of rows nor the number of executors changes an answer.
 from functools import partial
 from typing import TYPE_CHECKING
 
-from slm.config import Score
+from slm.config.use import Score
 from slm.errors import InputError
 from slm.records import LoggedModel
 from slm.scoring.worker import Answer, Work, answer_batches

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm.config import ROOT, Score
+from slm.config.common import ROOT
+from slm.config.use import Score
 from slm.digests import digest_of
 from slm.errors import InputError, StepError, UnreachableError, UserError, one_line
 from slm.scoring.tables import reason

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm.config import Format
+from slm.config.use import Format
 from slm.errors import InputError
 from slm.running.tracking import calling_folder
 

@@ -19,7 +19,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from slm.config import Signing
+from slm.config.packaging import Signing
 from slm.errors import InputError, StepError, one_line
 from slm.records import LoggedModel
 from slm.registry.names import version_uri

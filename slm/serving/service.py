@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from mlflow.exceptions import MlflowException
 from starlette.exceptions import HTTPException
 
-from slm.config import Serve
+from slm.config.use import Serve
 from slm.errors import one_line
 from slm.redaction import redacted
 from slm.serving.answering import Answering

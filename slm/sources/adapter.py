@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slm.config import Model
+from slm.config.model import Model
 from slm.digests import Provenance, digest_files, digest_of
 from slm.errors import InputError, one_line
 from slm.running.work import versions

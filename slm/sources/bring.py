@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from slm.config import Model
+from slm.config.model import Model
 from slm.digests import digest_file, digest_of
 from slm.sources.gguf import dequantize
 from slm.sources.resolve import Source

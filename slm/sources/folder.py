@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from slm.config import ROOT, Model
+from slm.config.common import ROOT
+from slm.config.model import Model
 from slm.digests import LOCAL_FOLDER, digest_file, digest_of
 from slm.errors import InputError
 from slm.sources.gguf import template_beside

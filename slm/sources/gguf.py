@@ -4,7 +4,7 @@ import logging
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from slm.config import Model
+from slm.config.model import Model
 from slm.errors import InputError, one_line
 from slm.running.patched import patched
 from slm.sources.verify import NO_TEMPLATE, Declared, Permit, require_digest

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.errors import HTTPError  # of the HTTP client that the hub's library uses
 
-from slm.config import Model
+from slm.config.model import Model
 from slm.errors import InputError, UnreachableError, UserError, one_line
 from slm.sources.gguf import template_beside
 from slm.sources.verify import (

@@ -1,6 +1,6 @@
 """The licence that a source states, held against the one expected and those allowed."""
 
-from slm.config import Fetch, Model
+from slm.config.model import Fetch, Model
 from slm.errors import InputError
 
 

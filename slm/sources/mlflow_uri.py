@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from slm.config import Model
+from slm.config.model import Model
 from slm.errors import InputError
 from slm.redaction import redacted
 from slm.running.tracking import absolute_uri, environment

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from slm.config import Model
+from slm.config.model import Model
 from slm.errors import InputError, UnreachableError
 from slm.sources.verify import require_inside
 

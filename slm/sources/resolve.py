@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from slm.config import Model
+from slm.config.model import Model
 from slm.errors import InputError
 from slm.sources.folder import Folder
 from slm.sources.hub import Hub

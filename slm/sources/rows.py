@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from slm.config import ROOT
+from slm.config.common import ROOT
 from slm.errors import InputError
 from slm.sources.hub import hub_file
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from slm.config import Model
+from slm.config.model import Model
 from slm.digests import digest_of
 from slm.errors import InputError
 from slm.sources import mlflow_uri, remote

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from slm.config import Model
+from slm.config.model import Model
 from slm.digests import digest_file
 from slm.errors import InputError, one_line
 

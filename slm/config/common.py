@@ -1,0 +1,57 @@
+"""What several groups of the schema share: places, names, and the settings of serving."""
+
+import contextlib
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+from platformdirs import user_cache_path
+
+from slm.errors import InputError
+from slm_pyfunc.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+
+
+def user_cache() -> str:
+    """The folder for outcomes that no one chose another place for, which outlives every clone."""
+    return str(user_cache_path("slm-packaging"))
+
+
+def require_name(key: str, name: str) -> None:
+    """Raise InputError unless MLflow can use the name, for models and in URIs."""
+    if name != MISSING and not re.fullmatch(r"[\w.-]+", name):
+        raise InputError(f"{key} is {name!r}; it must be letters, digits, dots, _ and -.")
+
+
+def require_template(key: str, template: str, *fields: str) -> None:
+    """Raise InputError unless the template makes names; it may hold model, interface, `fields`."""
+    valid = dict.fromkeys(("model", *fields, "interface"), "x")
+    try:
+        require_name(key, template.format(**valid))
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
+        known = ", ".join(f"{{{field}}}" for field in valid)
+        raise InputError(
+            f"{key} is {template!r}; it must be letters, digits, dots, _ and -, and of {known}."
+        ) from error
+
+
+def valid_settings(key: str, settings: Any) -> dict[str, Any]:
+    """Settings of serving by name, {} for null; InputError for what a load would refuse."""
+    if isinstance(settings, str):  # of an environment variable
+        with contextlib.suppress(ValueError):
+            settings = json.loads(settings)
+    if not isinstance(settings := settings or {}, dict):
+        raise InputError(f"{key} is {settings!r}; it must be {{name: value, …}}.")
+    try:
+        Settings(**settings)
+    except TypeError as error:
+        valid = ", ".join(f.name for f in fields(Settings))
+        raise InputError(f"{key} has {', '.join(settings)}; valid: {valid}.") from error
+    except ValueError as error:
+        raise InputError(f"{key}: {error}.") from error
+    return settings
