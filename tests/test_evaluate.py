@@ -23,6 +23,7 @@ from slm.config.packaging import Evaluate
 from slm.errors import InputError, VerdictError
 from slm.evaluation.data import read_prompts, read_texts
 from slm.evaluation.fidelity import (
+    KINDS,
     Blocks,
     by_position,
     compare_with_reference,
@@ -40,6 +41,7 @@ from slm.evaluation.measure import (
     measure_champion,
     run_worker,
 )
+from slm.evaluation.metrics import metric_named
 from slm.evaluation.models import Answer, Transformers
 from slm.evaluation.positions import turning_point
 from slm.evaluation.report import About, write_report
@@ -215,6 +217,17 @@ def test_divergence_is_that_of_the_candidate_from_the_reference(tmp_path: Path) 
     assert metrics["perplexity_ratio_tail"] == metrics["perplexity_ratio"]
 
 
+def test_each_kind_of_text_has_closeness_of_its_own(tmp_path: Path) -> None:
+    leave_reference(tmp_path, Fixed(np.log([[0.5, 0.5]] * 2)), "prose-en")
+    leave_reference(tmp_path, Fixed(np.log([[0.9, 0.1]] * 2)), "prose-en", "code-en")
+    candidate = Fixed(np.log([[0.9, 0.1]] * 2))
+    metrics, _ = compare_with_reference(candidate.log_probabilities, tmp_path)
+    assert metrics["kl_divergence_of_code-en"] == pytest.approx(0, abs=1e-9)
+    assert metrics["perplexity_ratio_of_prose-en"] == pytest.approx((1 / 0.1) / (1 / 0.5))
+    assert metrics["kl_divergence"] == pytest.approx(metrics["kl_divergence_of_prose-en"] / 2)
+    assert metric_named("top1_agreement_of_code-en").name == "top1_agreement"
+
+
 def test_a_fault_past_the_sliding_window_shows_in_the_tail(smollm2: Path, tmp_path: Path) -> None:
     """The same weights without their window, as an export that dropped it would read them."""
     from transformers import AutoTokenizer, Phi3ForCausalLM
@@ -257,8 +270,10 @@ def test_a_model_turns_at_its_window_or_where_its_rope_changes(
 
 
 def test_windows_cover_the_tokens_in_order_up_to_the_budget() -> None:
-    assert token_windows([[1, 2, 3, 4, 5], [6, 7]], window=3, max_tokens=6) == [[1, 2, 3], [4, 5]]
-    assert token_windows([[1, 2, 3]], window=8, max_tokens=2) == [[1, 2]]
+    texts = [[1, 2, 3, 4, 5], [6, 7], [8, 9]]
+    first = [(0, [1, 2, 3]), (0, [4, 5])]
+    assert token_windows(texts, window=3, max_tokens=7) == [*first, (1, [6, 7])]
+    assert token_windows([[1, 2, 3]], window=8, max_tokens=2) == [(0, [1, 2])]
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
@@ -522,10 +537,13 @@ def test_a_champion_that_is_gone_stops_no_evaluation(
             assert not found.metrics and "champion" in found.failures
 
 
-def test_the_report_shows_how_the_candidate_stands_to_the_champion(
+def test_the_report_shows_how_the_candidate_stands_to_the_champion_and_in_each_kind_of_text(
     packaged: Packaged, tmp_path: Path
 ) -> None:
+    closeness = {"perplexity_ratio": 1.234, "kl_divergence": 0.1, "top1_agreement": 0.9}
+    own = {f"{name}_of_dialogue-en": value for name, value in closeness.items()}
     evaluation = packaged.evaluation
+    evaluation = replace(evaluation, candidate_metrics=evaluation.candidate_metrics | own)
     twice_as_fast = {**evaluation.candidate_metrics}
     twice_as_fast["decode_tokens_per_s"] *= 2
     evaluation = replace(evaluation, champion="models:/some/7", champion_metrics=twice_as_fast)
@@ -533,6 +551,7 @@ def test_the_report_shows_how_the_candidate_stands_to_the_champion(
     about = About({"candidate": {}, "reference": {}}, "", {}, {}, provenance)
     report, card = write_report(evaluation, about, composed(), tmp_path)
     assert "models:/some/7" in report.read_text() and "2.0× worse" in report.read_text()
+    assert '<tr><td>dialogue-en</td><td class="n">1.234</td>' in report.read_text()
     assert "| champion |" in card
     assert "eos_token_id now has 2" in report.read_text() and "eos_token_id now has 2" in card
 
@@ -593,9 +612,12 @@ class Fixed:
         return self.logp
 
 
-def leave_reference(folder: Path, model: Fixed) -> None:
-    np.save(folder / "tokens-0000.npy", np.ones(len(model.logp), dtype=int))
-    np.save(folder / "logp-0000.npy", model.logp[:-1])
+def leave_reference(folder: Path, model: Fixed, *kinds: str) -> None:
+    """Leave a checkpoint's scores of one more window, and the kind of each, if there are any."""
+    number = len(list(folder.glob("tokens-*")))
+    np.save(folder / f"tokens-{number:04}.npy", np.ones(len(model.logp), dtype=int))
+    np.save(folder / f"logp-{number:04}.npy", model.logp[:-1])
+    (folder / KINDS).write_text(json.dumps(kinds))
 
 
 def settings(**values: Any) -> Evaluate:

@@ -4,7 +4,8 @@ The checkpoint's tokens and log-probabilities are left on disk, and the candidat
 them window by window, so that memory is bounded by one window.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,30 @@ from slm.evaluation.models import Messages, Model, Transformers
 # bootstrap: Künsch 1989, https://doi.org/10.1214/aos/1176347265).
 BLOCK = 32
 RESAMPLES = 1000
+KINDS = "kinds.json"  # beside the scored windows: the kind of each
 Scorer = Callable[[list[int]], np.ndarray]  # a Model's log_probabilities
 
 
 def write_reference(
-    model: Transformers, texts: list[str], long_text: str, window: int, max_tokens: int, out: Path
+    model: Transformers,
+    texts: list[str],
+    long_text: str,
+    window: int,
+    max_tokens: int,
+    out: Path,
+    kinds: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Score the texts; leave tokens and log-probabilities in `out`.
+    """Score the texts, each of a kind if `kinds` are given; leave tokens and log-probabilities.
 
     If the model has a length beyond which it reads otherwise, `window` tokens beyond it are scored
     besides, of the long text.
     """
     losses, blocks = [], Blocks()
-    windows = token_windows(
-        [model.tokenizer(text)["input_ids"] for text in texts], window, max_tokens
-    )
+    tokens_of = [model.tokenizer(text)["input_ids"] for text in texts]
+    numbered = token_windows(tokens_of, window, max_tokens)
+    windows = [tokens for _, tokens in numbered]
+    own_kinds = [kinds[number] for number, _ in numbered] if kinds else []
+    (out / KINDS).write_text(json.dumps(own_kinds))
     scored = [len(tokens) - 1 for tokens in windows]
     if (point := model.turning_point) is not None:
         windows.append(long_window(model, long_text, min(point + window, model.context_length)))
@@ -57,8 +67,10 @@ def compare_with_reference(
 
     Returns metrics, with the ends of their 95 % intervals, and the series `kl_by_position`: pairs
     of the position in the window and the mean divergence about there. The tail is the last quarter
-    of each window: faults of position show there.
+    of each window: faults of position show there. Where texts are of several kinds, ratio,
+    divergence and agreement of each are `<metric>_of_<kind>`.
     """
+    kinds = json.loads((reference / KINDS).read_text())
     losses, reference_losses, divergences, agreements, positions = [], [], [], [], []
     blocks, tails, tail_blocks = Blocks(), [], Blocks()
     for path in tqdm(sorted(reference.glob("tokens-*.npy")), desc="scoring", leave=False):
@@ -79,6 +91,8 @@ def compare_with_reference(
     loss_ratio = loss - np.concatenate(reference_losses)
     tail_ratio = loss_ratio[np.concatenate(tails)]
     agreement = np.concatenate(agreements).astype(float)
+    padded = [*kinds, *[""] * (len(losses) - len(kinds))]  # the long window is of none
+    own_kinds = np.repeat(padded, [len(each) for each in losses])
     mean = blocks.interval_of_mean
     metrics = {
         "scored_tokens": float(len(loss)),
@@ -97,6 +111,13 @@ def compare_with_reference(
         ),
         **bounded("top1_agreement", agreement.mean(), mean(agreement)),
     }
+    for kind in sorted(set(kinds)) if len(set(kinds)) > 1 else []:
+        of = own_kinds == kind
+        metrics |= {
+            f"perplexity_ratio_of_{kind}": float(np.exp(loss_ratio[of].mean())),
+            f"kl_divergence_of_{kind}": float(divergence[of].mean()),
+            f"top1_agreement_of_{kind}": float(agreement[of].mean()),
+        }
     series = {"kl_by_position": by_position(np.concatenate(positions), divergence)}
     return metrics, series
 
@@ -154,15 +175,17 @@ def by_position(positions: np.ndarray, values: np.ndarray, bins: int = 32) -> li
     ]
 
 
-def token_windows(texts: list[list[int]], window: int, max_tokens: int) -> list[list[int]]:
-    """Cut each text's tokens into windows of two or more, `max_tokens` in all."""
-    windows: list[list[int]] = []
+def token_windows(
+    texts: list[list[int]], window: int, max_tokens: int
+) -> list[tuple[int, list[int]]]:
+    """Cut each text's tokens into windows of two or more, `max_tokens` in all, by text's number."""
+    windows: list[tuple[int, list[int]]] = []
     left = max_tokens
-    for tokens in texts:
+    for number, tokens in enumerate(texts):
         for start in range(0, len(tokens), window):
             piece = tokens[start : start + min(window, left)]
             if len(piece) > 1:
-                windows.append(piece)
+                windows.append((number, piece))
                 left -= len(piece)
     return windows
 

@@ -189,6 +189,7 @@ def request_of(inputs: Inputs, settings: Evaluate) -> Request:
     prompts = [prompt["inputs"] for prompt in inputs.prompts]
     return Request(
         texts=[row["text"] for row in inputs.texts],
+        kinds=[kind_of(row) for row in inputs.texts],
         long_text=inputs.long_text,
         prompts=[Prompt(p["messages"], p.get("max_tokens")) for p in prompts],
         window=settings.window,
@@ -199,6 +200,12 @@ def request_of(inputs: Inputs, settings: Evaluate) -> Request:
         batch_size=settings.batch_size,
         harness=asdict(settings.harness),
     )
+
+
+def kind_of(row: dict[str, Any]) -> str:
+    """The kind and language of a text, as a part of a metric's name: `prose-en`."""
+    words = (str(row[field]) for field in ("kind", "language") if row.get(field))
+    return "-".join(re.sub(r"\W+", "_", word) for word in words) or "other"
 
 
 def run_worker(

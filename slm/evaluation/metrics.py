@@ -1,8 +1,8 @@
 """Every metric of an evaluation: the one list that gates, tags, reports and summaries go by.
 
 Besides these there are details: the ends of a metric's interval, `<metric>_ci95_low` and
-`_ci95_high`; the metric at one prompt length, `<metric>_at_<tokens>`; and the harness's
-`<task>/<metric>`.
+`_ci95_high`; the metric at one prompt length, `<metric>_at_<tokens>`, or of one kind of text,
+`<metric>_of_<kind>`; and the harness's `<task>/<metric>`.
 """
 
 import re
@@ -18,7 +18,8 @@ class Metric:
     """A metric: its label with the unit, the digits to show after the point, which way is better.
 
     `more_is_better` is None where neither is. A `check` is 1 or 0 and says yes or no. `bar` is its
-    title among the report's bars, `at_length` says that it is measured at each prompt length too.
+    title among the report's bars. `at_length` says that it is measured at each prompt length too,
+    `of_kind` of each kind of text.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Metric:
     check: bool = False
     bar: str = ""
     at_length: bool = False
+    of_kind: bool = False
 
 
 METRICS = {
@@ -40,11 +42,11 @@ METRICS = {
         Metric("stop_token_honoured", "Stops at its end tokens", check=True),
         Metric("deterministic", "The same seed gives the same answer", check=True),
         Metric("perplexity", "Perplexity", 2, False, bar="Perplexity"),
-        Metric("perplexity_ratio", "Perplexity ratio, to the checkpoint", 3, False),
+        Metric("perplexity_ratio", "Perplexity ratio, to the checkpoint", 3, False, of_kind=True),
         Metric("perplexity_ratio_tail", "Perplexity ratio, last quarter of each window", 3, False),
-        Metric("kl_divergence", "KL divergence, mean (nats)", 3, False),
+        Metric("kl_divergence", "KL divergence, mean (nats)", 3, False, of_kind=True),
         Metric("kl_divergence_p99", "KL divergence, 99th percentile (nats)", 2, False),
-        Metric("top1_agreement", "Top-1 agreement (share of tokens)", 3, True),
+        Metric("top1_agreement", "Top-1 agreement (share of tokens)", 3, True, of_kind=True),
         Metric("greedy_prefix_tokens", "Greedy answers agree for (tokens, mean)", 1, True),
         Metric("scored_tokens", "Tokens scored", 0),
         Metric("task_accuracy", "Task accuracy (share of prompts)", 3, True, bar="Task accuracy"),
@@ -94,7 +96,7 @@ METRICS = {
 
 def base_name(name: str) -> str:
     """The metric that a detail is about."""
-    return re.sub(r"_(at_\d+|ci95_low|ci95_high)$", "", name)
+    return re.sub(r"_(at_\d+|of_[\w-]+|ci95_low|ci95_high)$", "", name)
 
 
 def is_of_harness(name: str) -> bool:

@@ -55,6 +55,8 @@ def write_report(
         "settings": config.evaluate,
         "rows": rows(evaluation),
         "lengths": lengths(evaluation, config.evaluate.prompt_lengths),
+        "kinds": kinds(evaluation),
+        "kind_metrics": [metric for metric in METRICS.values() if metric.of_kind],
         "gates": [
             (label(gate), shown_value(gate), bounds(gate), gate) for gate in evaluation.gates
         ],
@@ -110,6 +112,18 @@ def lengths(evaluation: Evaluation, prompt_lengths: list[int]) -> list[list[str]
             for side in ("candidate", "reference")
         ]
         for length in prompt_lengths
+    ]
+
+
+def kinds(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
+    """Of each kind of text, if there are several: its name, then the candidate's metrics of it."""
+    found = evaluation.candidate_metrics
+    measured = [metric for metric in METRICS.values() if metric.of_kind]
+    first = f"{measured[0].name}_of_"
+    names = sorted(name.removeprefix(first) for name in found if name.startswith(first))
+    return [
+        (name, [formatted(found.get(f"{m.name}_of_{name}"), m.digits) for m in measured])
+        for name in names
     ]
 
 

@@ -45,10 +45,11 @@ class Prompt:
 class Request:
     """What to measure: texts and prompts, and the settings of conf/evaluate that say how.
 
-    `long_text` is for what shows in long texts alone.
+    `kinds` has one for each text. `long_text` is for what shows in long texts alone.
     """
 
     texts: list[str]
+    kinds: list[str]
     long_text: str
     prompts: list[Prompt]
     window: int
@@ -96,7 +97,8 @@ def measure_checkpoint(folder: str, request: Request, out: Path) -> Found:
     answers, answered = answer_prompts(model, request)
     found.add(answered)
     scored = fidelity.write_reference(
-        model, request.texts, request.long_text, request.window, request.max_tokens, out
+        *(model, request.texts, request.long_text, request.window, request.max_tokens, out),
+        request.kinds,
     )
     found.metrics |= scored
     log.info("measure: scored %d tokens", scored["scored_tokens"])
