@@ -37,6 +37,7 @@ from slm.exporters.calibration_text import read_calibration
 from slm.exporters.worker import Request
 from slm.running.logs import set_up_logging
 from slm.sources.verify import INDEX
+from slm.sources.weights import layer_of
 
 # The shapes of SmolLM2-135M, Llama-3.2-1B, Phi-3-mini and Mistral-7B, each with a head of its own.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -75,8 +76,7 @@ def write_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
         parameters = dict(LlamaForCausalLM(config).named_parameters())
     shards: dict[str, list[str]] = {}
     for name in parameters:
-        layer = re.search(r"\.(\d+)\.", name)
-        shards.setdefault(f"model-{layer[1] if layer else 'rest'}.safetensors", []).append(name)
+        shards.setdefault(f"model-{layer_of(name) or 'rest'}.safetensors", []).append(name)
     for shard, names in shards.items():
         tensors = {
             name: torch.empty(parameters[name].shape, dtype=torch.bfloat16).normal_(0, 0.02)
@@ -209,7 +209,8 @@ def main() -> None:
             if arguments.scratch is None:
                 scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             else:
-                scratch = arguments.scratch / name
+                made = (name, arguments.quantizer.value, arguments.depth, arguments.budget_bits)
+                scratch = arguments.scratch / "-".join(str(each) for each in made if each)
                 scratch.mkdir(parents=True, exist_ok=True)
             print(measure(name, arguments, scratch), flush=True)
 

@@ -41,7 +41,7 @@ from slm.records import OnnxModel
 from slm.running.command import entry_point
 from slm.running.run import run_step
 from slm.running.tracking import local_path
-from slm.running.work import code_digests, versions
+from slm.running.work import code_digests, locked, versions
 from slm.sources.verify import INDEX, WHOLE
 
 LIBRARIES = (
@@ -99,9 +99,9 @@ def export_onnx(
     notes += carry_over(checkpoint, onnx)
     require_structure(onnx, target, kept_in_int8(checkpoint, target, exported.linears))
     checked_on, differences = require_it_generates(onnx, checkpoint, target)
-    shutil.rmtree(calibrated, ignore_errors=True)
     pinned = optimum.versions() if settings.graph is Graph.optimum else {}
     arguments = builder_arguments(target) if exported.graph == "genai" else []
+    read = {n: v for n in ("read", "linears") if calibration and (v := getattr(exported, n))}
     onnx_provenance = write_provenance(
         onnx,
         checkpoint=provenance,
@@ -110,7 +110,7 @@ def export_onnx(
         graph=exported.graph,
         refused=exported.refused,
         quantizer=target.quantizer.value if target.precision.bits else "",
-        calibration=calibration | ({"linears": exported.linears} if exported.linears else {}),
+        calibration=calibration | read,
         builder_arguments=arguments,
         versions=versions(*LIBRARIES) | pinned,
         notes=notes,
@@ -146,10 +146,12 @@ def shared_of(folder: Path, provenance: Provenance, target: Target, settings: Ex
     own = {
         "checkpoint": provenance.identity,
         "text": [calibration.get(name) for name in ("text", "tokens")],
+        "window": WINDOW,
         "rounding": [target.precision.value, target.builder_options.get("block_size")],
         "graph": settings.graph.value,
         "versions": versions(*LIBRARIES),
         "code": code_digests(WORKER),
+        **project_of(settings.graph),
     }
     return folder.with_name(f"{digest_of(own)[:16]}.shared")
 
@@ -181,13 +183,15 @@ def main(config: Config) -> OnnxModel:
 
     def make(folder: Path) -> OnnxModel:
         if "export_onnx" in config.force:
-            for each in (
-                calibrated_of(folder),
-                shared_of(folder, provenance, config.target, config.export),
-            ):
-                shutil.rmtree(each, ignore_errors=True)
+            shutil.rmtree(calibrated_of(folder), ignore_errors=True)
+            shared = shared_of(folder, provenance, config.target, config.export)
+            with locked(shared.with_suffix("")):
+                shutil.rmtree(shared, ignore_errors=True)
         require_room_for("export_onnx", config, checkpoint)
         return export_onnx(checkpoint, provenance, config.target, config.export, folder)
+
+    def remove_calibrated(made: OnnxModel, _: bool) -> None:
+        shutil.rmtree(calibrated_of(Path(made.uri).parent), ignore_errors=True)
 
     return run_step(
         "export_onnx",
@@ -198,10 +202,12 @@ def main(config: Config) -> OnnxModel:
             "target": asdict(config.target),
             "export": asdict(replace(config.export, calibration="", calibration_tokens=WINDOW)),
             "calibration": calibration_of(config.target, config.export),
+            "texts": digest_of(TEXTS.read_text()),
             "versions": versions(*LIBRARIES),
             **project_of(config.export.graph),
         },
         make=make,
+        publish=remove_calibrated,  # the export is recorded
     )
 
 

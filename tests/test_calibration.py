@@ -1,6 +1,7 @@
 """Quantizing on a calibration text: the rounding, the layers, and the graph that takes them."""
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,17 @@ from slm.config.common import ROOT
 from slm.config.target import Quantizer
 from slm.digests import read_provenance, write_provenance
 from slm.errors import InputError, StepError
-from slm.exporters import builder, graph, mobius
+from slm.exporters import builder, graph, mobius, worker
 from slm.exporters.calibrated import Calibrated
 from slm.exporters.calibration import Rounding, Saved, calibrate, product, sum_of
-from slm.exporters.calibration_text import read_calibration
-from slm.exporters.decoder import Decoder, Tensors
+from slm.exporters.calibration_text import (
+    SAMPLING,
+    calibration_windows,
+    read_calibration,
+    require_readable,
+    spread,
+)
+from slm.exporters.decoder import Decoder, Tensors, output_of
 from slm.exporters.gptq import Inputs, pack, round_weight, search_scales, unpack
 from slm.exporters.quantizers import MIXED, require_possible, share_budget
 from slm.exporters.sensitivity import sensitivity, sizes_of
@@ -31,7 +38,8 @@ from tests.checkpoints import write_as_phi3, write_shallow, write_tiny, write_to
 from tests.conftest import Project, composed
 
 MIXED_TARGET = ("target=cpu-int4-mixed-acc-level-4", "target.budget_bits=null")
-WORDS = 8  # an n-gram this long is not in two texts by chance
+# An n-gram this long is not in two texts by chance.
+WORDS, CHARACTERS = 8, 12
 
 
 def inputs_like_a_layers(width: int) -> np.ndarray:
@@ -95,13 +103,17 @@ def test_packing_is_that_of_onnxruntimes_kernels(shape: tuple[int, int], bits: i
     np.testing.assert_array_equal(found[:, :used], expected[:, :used])
 
 
+def windows(seed: int, count: int) -> list[list[int]]:
+    """Windows of 64 tokens."""
+    return np.random.default_rng(seed).integers(3, 200, (count, 64)).tolist()
+
+
 def calibrated(
     checkpoint: Path, folder: Path, *int8: str, block_size: int = 32, searched: bool = False
 ) -> Calibrated:
     folder.mkdir()
-    tokens = [int(token) for token in np.random.default_rng(2).integers(3, 200, 128)]
     rounding = Rounding(4, block_size, list(int8), searched)
-    calibrate(Decoder(checkpoint, tokens, 64), rounding, folder, lambda _: None)
+    calibrate(Decoder(checkpoint, windows(2, 2)), rounding, folder, lambda _: None)
     return Calibrated(checkpoint, folder, block_size, 0)
 
 
@@ -165,24 +177,24 @@ def test_the_estimate_of_what_int4_harms_is_what_it_harms(tiny: Path, tmp_path: 
     """Against the divergence itself, of a model in which one linear alone is rounded."""
     from transformers import AutoModelForCausalLM
 
-    tokens = [int(token) for token in np.random.default_rng(4).integers(3, 200, 512)]
     rounding = Rounding(4, 32, [])
     (tmp_path / "found").mkdir()
-    found = sensitivity(Decoder(tiny, tokens, 64), rounding, tmp_path / "found", lambda _: None)
+    decoder = Decoder(tiny, windows(4, 8))
+    found = sensitivity(decoder, rounding, tmp_path / "found", lambda _: None)
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
-    windows = torch.tensor(tokens).view(-1, 64)
+    text = torch.tensor(windows(4, 8))
     with torch.inference_mode():
-        whole = torch.log_softmax(model(windows).logits, -1)
+        whole = torch.log_softmax(model(text).logits, -1)
         for name in ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"):
             linear = model.get_submodule(name)
             inputs: list[torch.Tensor] = []
             hook = linear.register_forward_hook(lambda _, x, __, to=inputs: to.append(x[0]))
-            model(windows)
+            model(text)
             hook.remove()
             before = linear.weight
             moments = sum_of(product(x, x) for x in inputs)
             linear.weight = rounding.round(name, before, moments, sweeps=0).weight(before.shape[1])
-            rounded = torch.log_softmax(model(windows).logits, -1)
+            rounded = torch.log_softmax(model(text).logits, -1)
             linear.weight = before
             divergence = float((whole.exp() * (whole - rounded)).sum(-1).mean())
             assert found[name] == pytest.approx(divergence, rel=0.5), name
@@ -191,26 +203,31 @@ def test_the_estimate_of_what_int4_harms_is_what_it_harms(tiny: Path, tmp_path: 
 def test_a_pass_that_broke_off_at_each_layer_finds_what_a_whole_one_finds(
     tiny: Path, tmp_path: Path
 ) -> None:
-    tokens = [int(token) for token in np.random.default_rng(4).integers(3, 200, 128)]
     rounding = Rounding(4, 32, [])
     steps: list[str] = []
     again: list[str] = []
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    found = sensitivity(Decoder(tiny, tokens, 64), rounding, whole, steps.append)
+    found = sensitivity(Decoder(tiny, windows(4, 2)), rounding, whole, steps.append)
     assert len(steps) == 5  # two layers forward, the head, two layers back
 
     for number in range(1, 5):  # the last step is begun, and the one before it is done
         with pytest.raises(KeyboardInterrupt):
-            sensitivity(Decoder(tiny, tokens, 64), rounding, broken, partial(die_at, steps[number]))
-    assert sensitivity(Decoder(tiny, tokens, 64), rounding, broken, again.append) == found
-    assert again == steps[-1:]
-    assert sensitivity(Decoder(tiny, tokens, 64), rounding, broken, pytest.fail) == found
+            dying = partial(die_at, steps[number])
+            sensitivity(Decoder(tiny, windows(4, 2)), rounding, broken, dying)
+    assert sensitivity(Decoder(tiny, windows(4, 2)), rounding, broken, again.append) == found
+    assert [what(said) for said in again] == [what(steps[-1])]
+    assert sensitivity(Decoder(tiny, windows(4, 2)), rounding, broken, pytest.fail) == found
+
+
+def what(said: str) -> str:
+    """A line of progress without the time left."""
+    return said.partition(",")[0]
 
 
 def die_at(last: str, said: str) -> None:
-    if said == last:
+    if what(said) == what(last):
         raise KeyboardInterrupt
 
 
@@ -273,8 +290,7 @@ def test_calibration_that_broke_off_goes_on_after_its_last_layer(
     for name in ("head", "0"):
         (folder / f"{name}.safetensors").write_bytes((whole / f"{name}.safetensors").read_bytes())
     before = (folder / "0.safetensors").stat().st_mtime_ns
-    tokens = [int(token) for token in np.random.default_rng(2).integers(3, 200, 128)]
-    calibrate(Decoder(tiny, tokens, 64), Rounding(4, 32, []), folder, lambda _: None)
+    calibrate(Decoder(tiny, windows(2, 2)), Rounding(4, 32, []), folder, lambda _: None)
     assert (folder / "0.safetensors").stat().st_mtime_ns == before
     for name in ("head", "0", "1"):
         file = f"{name}.safetensors"
@@ -286,15 +302,28 @@ def test_no_calibration_text_is_in_the_evaluations() -> None:
         words = text.split()
         return {" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
 
-    evaluation = (ROOT / "data" / name for name in ("texts.jsonl", "prompts.jsonl"))
-    judged = set().union(*(grams(text) for path in evaluation for text in texts_of(path)))
-    read = set().union(*(grams(text) for text in texts_of(ROOT / "data" / "calibration.jsonl")))
-    assert len(judged) > 5000 and len(read) > 3000 and not judged & read
+    def dense(text: str) -> set[str]:
+        """Of scripts without spaces."""
+        runs = re.findall(rf"[\u3040-\u30ff\u4e00-\u9fff，。、]{{{CHARACTERS},}}", text)
+        return {run[i : i + CHARACTERS] for run in runs for i in range(len(run) - CHARACTERS + 1)}
+
+    evaluation = [ROOT / "data" / name for name in ("texts.jsonl", "prompts.jsonl")]
+    for pieces, least in ((grams, 3000), (dense, 400)):
+        judged = set().union(*(pieces(text) for path in evaluation for text in texts_of(path)))
+        calibration = texts_of(ROOT / "data" / "calibration.jsonl")
+        read = set().union(*map(pieces, calibration))
+        assert len(judged) > least and len(read) > least and not judged & read
+    whole = [set(texts_of(path)) for path in (*evaluation, ROOT / "data" / "calibration.jsonl")]
+    assert not (whole[0] | whole[1]) & whole[2]  # of texts too short for either
 
 
 def texts_of(path: Path) -> list[str]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row["text"] if "text" in row else row_messages(row)[-1]["content"] for row in rows]
+    return [
+        text
+        for row in rows
+        for text in ([row["text"]] if "text" in row else [m["content"] for m in row_messages(row)])
+    ]
 
 
 def row_messages(row: dict[str, Any]) -> list[dict[str, str]]:
@@ -342,13 +371,127 @@ def test_a_mixture_that_cannot_be_made_is_refused(overrides: list[str], words: s
         composed(*overrides)
 
 
+@pytest.fixture(scope="module")
+def drafted(lettered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX folder of a checkpoint whose template begins with a token of its own."""
+    folder = tmp_path_factory.mktemp("drafted")
+    checkpoint = write_tiny(folder / "checkpoint", lettered)
+    template = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    (checkpoint / "chat_template.jinja").write_text(template)
+    target = composed("target=cpu-int4-rtn-block-32").target
+    write = partial(graph.write, quantizer=graph.Rtn(4, 32), said=silent)
+    builder.make(checkpoint, target, target.precision, folder / "onnx", write)
+    return folder
+
+
+def test_conversations_are_read_in_the_checkpoints_chat_format_from_all_over_the_file(
+    drafted: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    rows: list[dict[str, Any]] = [{"text": f"text {i} " + "abc " * 40} for i in range(8)]
+    questions = [f"question {i}?" for i in range(40)]
+    rows += [{"messages": [{"role": "user", "content": question}]} for question in questions]
+    kept, asked = tmp_path / "answers.json", []
+
+    def draft() -> Path:
+        asked.append(1)
+        return drafted / "onnx"
+
+    def read(most: int) -> list[list[int]]:
+        return calibration_windows(rows, drafted / "checkpoint", most, draft, kept, silent)
+
+    found = read(4096)
+    assert len(found) == 8 and {len(window) for window in found} == {512}
+    tokenizer = AutoTokenizer.from_pretrained(drafted / "checkpoint")
+    text = str(tokenizer.decode([token for window in found for token in window]))
+    spoken = json.loads(kept.read_text())
+    assert len(spoken) < len(questions)  # no more than are read
+    for tokens, question in zip(spoken, spread(questions), strict=False):
+        said = str(tokenizer.decode(tokens))
+        assert said.startswith(f"<s>user: {question}</s>assistant: ")
+        written = tokenizer(said, add_special_tokens=False)["input_ids"]
+        assert said.count("<s>") == 1 + said.partition("assistant: ")[2].count("<s>")
+        assert len(tokens) <= len(written) + 1
+    places = sorted(int(n) for n in re.findall(r"question (\d+)\?", text))
+    assert places[0] < 10 and places[-1] >= 30  # of the file's beginning and of its end
+    assert all(f"text {i} " in text for i in range(8))  # too short for a half: all of it
+    assert read(4096) == found and len(asked) == 1  # answered once
+
+
+def test_a_mixed_target_of_a_gpu_reads_the_models_own_answers(
+    lettered: Path, tmp_path: Path
+) -> None:
+    """The draft that answers runs on the CPU, whatever the target."""
+    rows = [{"messages": [{"role": "user", "content": f"what is {i}?"}]} for i in range(12)]
+    request = Request(
+        checkpoint=str(lettered),
+        onnx=str(tmp_path / "onnx"),
+        scratch=str(tmp_path / "scratch"),
+        target=composed("target=cuda-int4-mixed").target,
+        makers=["genai"],
+        text="some text " * 20,
+        parity_tokens=64,
+        calibration=rows,
+        calibration_tokens=512,
+        calibrated=str(tmp_path / "calibrated"),
+        shared=str(tmp_path / "made.shared"),
+    )
+    exported = worker.export(request)
+    assert exported.read == 512 and {n["bits"] for n in exported.linears.values()} == {4, 8}
+    assert not (tmp_path / "scratch" / "draft").exists()
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([("user", "a"), ("assistant", "b")], "row 1 ends with an answer: end it with a question"),
+        ([("user", "a" * 8192)], r"row 1 takes 8\d* tokens with its answer; the .* is 8192"),
+        ([("tool", "a")], "row 1: messages: the model's chat template refuses them: no tools"),
+    ],
+)
+def test_a_conversation_that_the_model_cannot_take_is_named(
+    messages: list[tuple[str, str]], words: str, lettered: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(lettered, tmp_path / "checkpoint")
+    template = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    with (checkpoint / "chat_template.jinja").open("a") as file:
+        file.write(template)
+    rows = [{"messages": [{"role": role, "content": text} for role, text in messages]}]
+    assert SAMPLING.max_tokens < 8192
+    with pytest.raises(InputError, match=words):
+        require_readable(rows, checkpoint)
+
+
+@pytest.mark.parametrize("setting", [{"logits_scaling": 8.0}, {}])
+def test_what_follows_the_head_is_in_the_predictions(
+    setting: dict[str, float], lettered: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    architecture = "Granite" if setting else "Gemma2"  # which caps its logits
+    small = setting or {"final_logit_softcapping": 0.1, "head_dim": 16}
+    checkpoint = write_tiny(tmp_path / "checkpoint", lettered, architecture, **small)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    text = windows(4, 1)
+    with torch.no_grad():
+        decoder = Decoder(checkpoint, text)
+        decoder.fill_head()
+        seen: list[torch.Tensor] = []
+        layer = model.model.layers[-1]
+        hook = layer.register_forward_hook(lambda *of: seen.append(output_of(of[2])))
+        whole = model(torch.tensor(text))
+        hook.remove()
+        torch.testing.assert_close(decoder.predict(decoder.head, seen[0]), whole.logits)
+
+
 def test_a_budget_is_kept_and_spent_the_same_way_twice(tiny: Path, tmp_path: Path) -> None:
-    tokens = [int(token) for token in np.random.default_rng(2).integers(3, 200, 128)]
     rounding = Rounding(4, 32, [])
     made = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
-        decoder = Decoder(tiny, tokens, 64)
+        decoder = Decoder(tiny, windows(2, 2))
         sizes = sizes_of(decoder.linears, 32)
         least, most = (sum(size[i] for size in sizes.values()) for i in (1, 2))
         for share in (0, 0.1, 1):

@@ -36,7 +36,7 @@ class Graph(enum.Enum):
 class Export:
     """How a checkpoint becomes a graph; `parity_tokens` bounds the text on which it is compared.
 
-    `calibration` is the file of what `target.quantizer=gptq` is calibrated on
+    `calibration` is the file of what `target.quantizer` calibrates on
     (slm/exporters/calibration_text.py), `calibration_tokens` bounds it.
     """
 

@@ -135,6 +135,11 @@ class Target:
                 f"target.precision is {self.precision.value}; with {quantizer} it must be "
                 f"{' or '.join(each.value for each in precisions)}.",
             ),
+            (
+                options.get("accuracy_level", 0) not in range(5),
+                f"target.builder_options.accuracy_level is {options.get('accuracy_level')}; it "
+                "must be from 0 to 4.",
+            ),
             (len(mixing) > 1, f"target has {' and '.join(mixing)}; give one of them."),
             (not positive, f"{first}; it must be above 0."),
             (

@@ -5,7 +5,6 @@ each of its rows has to be a row of the checkpoint's own, to the bit.
 """
 
 import itertools
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,21 +14,22 @@ from slm.errors import StepError
 from slm.exporters.calibration import HEAD, Saved
 from slm.exporters.decoder import Tensors
 from slm.exporters.graph import Packed
+from slm.sources.weights import layer_of
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The quantizer of a graph whose checkpoint was calibrated into `folder`."""
+    """The quantizer of a graph whose checkpoint was calibrated into `folder`, on `read` tokens."""
 
     checkpoint: Path
     folder: Path
     block_size: int
     accuracy_level: int = 0
+    read: int = 0
 
     def quantize(self, name: str, weight: np.ndarray, looked_up: bool = False) -> list[Packed]:
         """The rounded rows of a weight [outputs, inputs]. Raises StepError if one is unknown."""
-        layer = re.search(r"\.(\d+)\.", name)
-        saved = Saved(self.folder / f"{layer[1] if layer else HEAD}.safetensors", self.block_size)
+        saved = Saved(self.folder / f"{layer_of(name) or HEAD}.safetensors", self.block_size)
         wanted = np.ascontiguousarray(weight)
         tensors = Tensors(self.checkpoint)
         linears = saved.names()

@@ -98,8 +98,9 @@ def calibrate(
         # The embedding is the head's weight, so the head is rounded before all else.
         if not saved.arrays:
             said("calibrating the head, which is the embedding too: a pass through all layers")
-            through = whole
-            for layer, call in calls:
+            through, progress = whole, Progress(len(layers))
+            for i, (layer, call) in enumerate(calls):
+                said(f"for the head, through layer {progress.of(i)}")
                 with decoder.filled(layer):
                     through = [output_of(call(layer, hidden)) for hidden in through]
             moments = sum_of(product(x, x) for x in map(norm, through))
@@ -108,12 +109,13 @@ def calibrate(
         embedding.weight = saved[names[embedding]].weight(embedding.weight.shape[1])
     rounded = decoder.embedded()
     embedding.to("meta")
-    started = time.monotonic()
+    progress = Progress(len(layers))
     for i, (layer, call) in enumerate(calls):
-        left = f", {(time.monotonic() - started) / i * (len(layers) - i):.0f} s left" if i else ""
         file = Saved(folder / f"{i}.safetensors", rounding.block_size)
-        doing = "passing through calibrated" if file.arrays else "calibrating"
-        said(f"{doing} layer {i} of {len(layers)}{left}")
+        if file.arrays:
+            said(f"passing through calibrated layer {i} of {len(layers)}")
+        else:
+            said(f"calibrating layer {progress.of(i)}")
         with decoder.filled(layer):
             if file.arrays:
                 whole = [output_of(call(layer, hidden)) for hidden in whole]
@@ -132,6 +134,22 @@ def calibrate(
         drift = head.weight @ sum_of(product(x - y, y) for x, y in pairs)
         saved.add(names[head], rounding.round(names[head], head.weight, moments, drift))
         saved.write()
+
+
+class Progress:
+    """The time left of a number of layers, by those done since the first that it was told of."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.first, self.started = count, -1, 0.0
+
+    def of(self, done: int) -> str:
+        """`3 of 32, 290 s left`; `done` layers are."""
+        if self.first < 0:
+            self.first, self.started = done, time.monotonic()
+        own = done - self.first
+        each_s = (time.monotonic() - self.started) / max(own, 1)
+        left = f", {each_s * (self.count - done):.0f} s left" if own else ""
+        return f"{done} of {self.count}{left}"
 
 
 @dataclass

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from slm.errors import StepError
 from slm.sources.weights import weight_files
@@ -91,15 +92,15 @@ def linears_of_model(model: Any) -> dict[str, nn.Linear]:
 
 
 class Decoder:
-    """A checkpoint's layers, embedding, final norm and head, and the windows of a text.
+    """A checkpoint's layers, embedding, final norm and head, and windows of a text's tokens.
 
     `calls` run its layers as the model does, `name_of` has the names of its modules, and `linears`
     are those that are rounded.
     """
 
     @torch.no_grad()
-    def __init__(self, checkpoint: Path, tokens: list[int], window: int) -> None:
-        model = empty_model(checkpoint)
+    def __init__(self, checkpoint: Path, windows: list[list[int]]) -> None:
+        self.model = model = empty_model(checkpoint)
         self.name_of = {module: name for name, module in model.named_modules()}
         self.linears = linears_of_model(model)
         self.tensors = Tensors(checkpoint)
@@ -108,8 +109,7 @@ class Decoder:
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.tied = bool(model.config.tie_word_embeddings)
         self.tensors.fill(self.inner, self.name_of[self.inner], apart_from="layers.")
-        whole = len(tokens) // window * window
-        self.windows = torch.tensor(tokens)[:whole].view(-1, 1, window)
+        self.windows = torch.tensor(windows)[:, None]
         self.calls = calls_of_layers(self.inner, self.layers, self.windows[0])
 
     def embedded(self) -> list[torch.Tensor]:
@@ -129,6 +129,19 @@ class Decoder:
             self.head.weight = self.embedding.weight
         else:
             self.tensors.fill(self.head, self.name_of[self.head])
+
+    def predict(self, _: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits of the last layer's output: by the norm, the head, and what follows the head.
+
+        Some models scale their logits or cap them. Called as a layer is.
+        """
+        normed = BaseModelOutputWithPast(last_hidden_state=self.inner.norm(hidden))
+        self.inner.forward = lambda *_, **__: normed
+        try:
+            logits: torch.Tensor = self.model(input_ids=self.windows[0]).logits
+        finally:
+            del self.inner.forward
+        return logits
 
 
 def calls_of_layers(inner: Any, layers: nn.ModuleList, window: torch.Tensor) -> list[Call]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from slm.config.target import ExecutionProvider, Precision, Target
 from slm.sources.verify import context_length_of
-from slm.sources.weights import weight_files
+from slm.sources.weights import layer_of, weight_files
 from slm_pyfunc.engine.batch_decoder import BatchDecoder
 from slm_pyfunc.engine.cores import available_cores
 from slm_pyfunc.engine.decoder import PROMPT_PIECE, runs_alone
@@ -102,8 +102,8 @@ def write_twin(checkpoint: Path, folder: Path, text: str, most: int) -> Twin:
     for path in weight_files(checkpoint, str(checkpoint)):
         with safe_open(path, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (no dict)
-                layer = re.search(r"\.(\d+)\.", name)
-                if layer and int(layer[1]) >= layers:
+                layer = layer_of(name)
+                if layer and int(layer) >= layers:
                     continue
                 tensor = weights.get_tensor(name)
                 if not layer and tensor.shape[0] == known.vocab_size:

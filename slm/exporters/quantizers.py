@@ -5,6 +5,7 @@ request's `calibrated` has the layers, `shared` what other targets of the checkp
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -34,12 +35,12 @@ def require_possible(request: "Request") -> None:
     target = request.target
     if not target.quantizer.calibrates:
         return
-    from slm.exporters.calibration_text import require_enough
+    from slm.exporters.calibration_text import require_readable
     from slm.exporters.decoder import empty_model, linears_of_model
     from slm.exporters.sensitivity import left_for_int8, sizes_of
 
     checkpoint = Path(request.checkpoint)
-    require_enough(request.calibration, checkpoint)
+    require_readable(request.calibration, checkpoint)
     linears = linears_of_model(empty_model(checkpoint))
     rounding = rounding_of(target)
     for ending in target.int8:
@@ -75,7 +76,7 @@ def quantizer_of(
         return Grid(block_size, accuracy_level)
     from slm.exporters.calibrated import Calibrated
     from slm.exporters.calibration import calibrate
-    from slm.exporters.calibration_text import calibration_tokens
+    from slm.exporters.calibration_text import calibration_windows
     from slm.exporters.decoder import Decoder
 
     checkpoint = Path(request.checkpoint)
@@ -86,7 +87,7 @@ def quantizer_of(
     def draft() -> Path:
         said("the model's own answers, by a draft that is rounded to nearest")
         onnx = Path(request.scratch) / "draft" / "onnx"
-        cpu = replace(target, execution_provider=ExecutionProvider.cpu)
+        cpu = replace(target, name="draft", execution_provider=ExecutionProvider.cpu)
         rtn = graph.Rtn(4, block_size, 4)
         save = partial(graph.write, quantizer=rtn, said=lambda *_: None, last_logits=True)
         make(cpu, Precision.int4, onnx, save)
@@ -94,14 +95,15 @@ def quantizer_of(
 
     rows, most = request.calibration, request.calibration_tokens
     rounding = rounding_of(target)
-    with locked(shared.with_suffix("")):  # of several targets at once, one makes it
-        tokens = calibration_tokens(rows, checkpoint, most, draft, shared / "answers.json", said)
+    with locked(shared.with_suffix(""), said):  # of several targets at once, one makes it
+        windows = calibration_windows(rows, checkpoint, most, draft, shared / "answers.json", said)
+        shutil.rmtree(Path(request.scratch) / "draft", ignore_errors=True)
         if target.budget_mb or target.budget_bits:
-            decoder = Decoder(checkpoint, tokens, WINDOW)
+            decoder = Decoder(checkpoint, windows)
             int8 = share_budget(target, decoder, rounding, folder, shared, said)
             rounding = replace(rounding, int8=int8)
-    calibrate(Decoder(checkpoint, tokens, WINDOW), rounding, folder, said)
-    return Calibrated(checkpoint, folder, block_size, accuracy_level)
+    calibrate(Decoder(checkpoint, windows), rounding, folder, said)
+    return Calibrated(checkpoint, folder, block_size, accuracy_level, len(windows) * WINDOW)
 
 
 def rounding_of(target: Target) -> "Rounding":

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from slm.errors import InputError
-from slm.exporters.calibration import Rounding, Saved, product, sum_of, traced
+from slm.exporters.calibration import Progress, Rounding, Saved, product, sum_of, traced
 from slm.exporters.decoder import Call, Decoder, output_of
 from slm.running.whole import in_one_motion, write_whole
 
@@ -38,15 +38,16 @@ def sensitivity(
     """
     path, scratch = folder / "sensitivity.json", folder / "sensitivity"
     if path.is_file():
+        shutil.rmtree(scratch, ignore_errors=True)  # of a pass that was killed at its end
         return dict(json.loads(path.read_text()))
     scratch.mkdir(exist_ok=True)
     decoder.windows = decoder.windows[:: -(-len(decoder.windows) // WINDOWS)]
     names, count, positions = decoder.name_of, len(decoder.layers), decoder.windows.numel()
-    hidden = decoder.embedded()
+    hidden, progress = decoder.embedded(), Progress(count)
     for i, (layer, call) in enumerate(zip(decoder.layers, decoder.calls, strict=True)):
         after = scratch / f"{i}.npy"  # what the next module reads: there if this layer is whole
         if not after.is_file():
-            said(f"what int4 harms: forward through layer {i} of {count}")
+            said(f"what int4 harms: forward through layer {progress.of(i)}")
             saved = Saved(scratch / f"{i}.int4", rounding.block_size)
             with decoder.filled(layer):
                 hidden = round_once(layer, call, hidden, names, rounding, saved)
@@ -73,22 +74,20 @@ def sensitivity(
                 found[names[linear]] += float(effect.square().sum()) / 2 / positions
         return slopes
 
-    def predict(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return head(decoder.inner.norm(x))
-
     left, slopes, found = read_state(scratch)
     saved = Saved(scratch / "head.int4", rounding.block_size)
     if left is None:
         said("what int4 harms: the head")
         decoder.fill_head()
-        round_once(decoder.head, predict, hidden, names, rounding, saved)
-        slopes = go_back(decoder.head, predict, hidden, saved, slope_of_a_draw)
+        round_once(decoder.head, decoder.predict, hidden, names, rounding, saved)
+        slopes = go_back(decoder.head, decoder.predict, hidden, saved, slope_of_a_draw)
         if not decoder.tied:
             decoder.head.to("meta")
         left = count
         write_state(scratch, left, slopes, found)
+    progress = Progress(count)
     for i in reversed(range(left)):
-        said(f"what int4 harms: back through layer {i} of {count}")
+        said(f"what int4 harms: back through layers: {progress.of(count - 1 - i)}")
         layer, call = decoder.layers[i], decoder.calls[i]
         inputs = read_windows(scratch / f"{i - 1}.npy") if i else decoder.embedded()
         rounded = Saved(scratch / f"{i}.int4", rounding.block_size)

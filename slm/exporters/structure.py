@@ -4,7 +4,6 @@ Weights are read a few MB at a time, so that memory does not grow with the model
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import onnx_ir as ir
 
 from slm.config.target import ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import StepError
-from slm.sources.weights import BITS, are_finite, read_tensors
+from slm.sources.weights import BITS, are_finite, layer_of, read_tensors
 from slm_pyfunc.engine.decoder import LOGITS_TO_KEEP
 
 FLOATS = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}
@@ -218,12 +217,6 @@ def wrong_mixture(graph: ir.Graph, in_int8: dict[str, int]) -> Iterator[str]:
         if found[layer] != expected[layer]:
             where = f"layer {layer}" if layer else "the head"
             yield f"{where} has {found[layer]} weights in int8; its record says {expected[layer]}"
-
-
-def layer_of(name: str) -> str:
-    """The number of the layer that a weight is of, "" for those of none."""
-    match = re.search(r"\.(\d+)\.", name)
-    return match[1] if match else ""
 
 
 def wrong_weights(onnx: Path, graph: ir.Graph) -> Iterator[str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from slm.config.packaging import Graph
 from slm.config.target import ExecutionProvider, Quantizer, Target
-from slm.errors import StepError, as_user_error, one_line, words_for
+from slm.errors import InfrastructureError, StepError, as_user_error, one_line, words_for
 from slm.exporters import builder, dequantized, graph, mobius, optimum, parity
 from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
@@ -58,8 +58,9 @@ class Request:
 class Exported:
     """Whose graph it is, how close its twin was, and why others were `refused`, by name.
 
-    `rounded` are the weights that `quantizer=grid` had to round. `linears` has the bits of each
-    that a budget was shared among, and what int4 costs it.
+    `rounded` are the weights that `quantizer=grid` had to round. `read` are the tokens of a
+    calibration; `linears` has the bits of each linear that a budget was shared among, and what int4
+    costs it.
     """
 
     graph: str
@@ -69,6 +70,7 @@ class Exported:
     peak_rss_mb: float
     rounded: list[str] = field(default_factory=list)
     linears: dict[str, dict[str, float]] = field(default_factory=dict)
+    read: int = 0
 
 
 def export(request: Request) -> Exported:
@@ -96,7 +98,8 @@ def export(request: Request) -> Exported:
     mixed = Path(request.calibrated) / MIXED
     linears = json.loads(mixed.read_text()) if mixed.is_file() else {}
     peak_mb = peak_with_children_mb()
-    return Exported(maker, agreed, refused, seconds, peak_mb, rounded, linears)
+    read = getattr(quantizer, "read", 0)
+    return Exported(maker, agreed, refused, seconds, peak_mb, rounded, linears, read)
 
 
 def saving(target: Target, **told: Any) -> builder.Save:
@@ -135,8 +138,8 @@ def choose(request: Request, checkpoint: Path, folder: Path) -> tuple[str, Parit
 
 
 def is_a_makers(error: Exception) -> bool:
-    """Whether a maker, or ONNX Runtime, could not do it; no full disk, nor a fault of our own."""
-    if isinstance(error, OSError | MemoryError):
+    """Whether a maker, or ONNX Runtime, could not do it; no full disk, no fault of our own."""
+    if isinstance(error, OSError) or isinstance(as_user_error(error), InfrastructureError):
         return False
     at = traceback.extract_tb(error.__traceback__)[-1].filename
     return isinstance(error, RuntimeError) or "site-packages" in at

@@ -13,6 +13,7 @@ from slm.config.target import Precision, Quantizer
 
 # Bytes of an ONNX folder for each weight: scales and an embedding in more bits included.
 ONNX_BYTES = {4: 0.7, 8: 1.2}
+MIXED_BYTES = 0.22  # more, where a budget or a list leaves some weights 8 bits
 FLOAT_BYTES = {Precision.fp32: 4.0}
 LIBRARIES_GB = 0.6  # what a process holds that imported torch, transformers and MLflow
 
@@ -47,11 +48,13 @@ def cost_of(step: str, size: Size, config: Config) -> Cost:
     weights, checkpoint = size.weights, size.checkpoint_gb
     precision = config.target.precision
     per_weight = ONNX_BYTES.get(precision.bits or 0, FLOAT_BYTES.get(precision, 2.0))
+    mixed = bool(config.target.int8 or config.target.budget_mb or config.target.budget_bits)
+    per_weight += MIXED_BYTES * (mixed or config.target.quantizer is Quantizer.grid)
     onnx, interfaces = weights * per_weight, len(config.log_pyfunc.interfaces)
     logged = onnx * interfaces * max(1, len(config.log_pyfunc.targets))
     costs = {
         "fetch": fetching(str(config.model.source), size, bool(config.model.adapter)),
-        "export_onnx": exporting(config.target.quantizer, weights, onnx),
+        "export_onnx": exporting(config.target.quantizer, weights, onnx, mixed),
         "log_pyfunc": Cost(0.0, LIBRARIES_GB + onnx, 6 + 15 * weights, store_gb=logged),
         "log_transformers": Cost(0.0, LIBRARIES_GB, 4 + 4 * checkpoint, store_gb=checkpoint),
         "evaluate": Cost(0.0, LIBRARIES_GB + 1.4 * checkpoint, 20 + 430 * weights),
@@ -78,10 +81,11 @@ def fetching(source: str, size: Size, merges: bool) -> Cost:
     return Cost(checkpoint, LIBRARIES_GB, cache_gb=cached)
 
 
-def exporting(quantizer: Quantizer, weights: float, onnx_gb: float) -> Cost:
+def exporting(quantizer: Quantizer, weights: float, onnx_gb: float, mixed: bool) -> Cost:
     """By who rounds: one tensor at a time, layer by layer on a text, or the builder.
 
-    Meanwhile there is the float32 twin of a few layers, and what calibration rounded so far.
+    Meanwhile there is the float32 twin of a few layers. A calibration has a draft first, and then
+    what it rounded so far; one that shares a budget has a pass's outputs and rounded weights too.
     """
     twin = 0.1 + 0.35 * weights
     if quantizer in (Quantizer.rtn, Quantizer.grid):
@@ -89,5 +93,5 @@ def exporting(quantizer: Quantizer, weights: float, onnx_gb: float) -> Cost:
         return Cost(onnx_gb, memory, seconds, scratch_gb=twin)
     if quantizer.calibrates:
         memory, seconds = 3.5 + 0.65 * weights, 4400 * weights
-        return Cost(onnx_gb, memory, seconds, scratch_gb=twin + onnx_gb)
+        return Cost(onnx_gb, memory, seconds, scratch_gb=twin + onnx_gb * (2 if mixed else 1))
     return Cost(onnx_gb, 6 * weights, 58 * weights, scratch_gb=twin)

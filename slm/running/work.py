@@ -135,13 +135,13 @@ def keep(
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, said: Callable[[str], None] = log.info) -> Iterator[None]:
     """Have a folder to oneself, and say so if one has to wait; a dead process holds no lock."""
     lock = FileLock(f"{folder}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.info("another run makes %s: waiting", folder)
+        said(f"another run makes {folder}: waiting")
         lock.acquire()
     try:
         yield

@@ -200,6 +200,12 @@ def require_rows(checkpoint: Path, rows: int, source: str) -> None:
         )
 
 
+def layer_of(name: str) -> str:
+    """The number of the layer that a weight is of, "" for those of none."""
+    match = re.search(r"\.(\d+)\.", name)
+    return match[1] if match else ""
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no number is NaN or infinite; integers are."""
     return tensor.dtype not in BITS or are_finite(tensor.pieces(), tensor.dtype)
