@@ -1,10 +1,14 @@
-"""Properties of rounding to nearest, for any weights in any shape."""
+"""Rounding to nearest: its properties for any weights in any shape, and real weights."""
+
+from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
+from safetensors import safe_open
 
 from slm.exporters.gptq import unpack
 from slm.exporters.graph import Rtn
@@ -24,6 +28,19 @@ reproducible = settings(max_examples=150, derandomize=True, deadline=None, datab
 def test_weights_are_rounded_and_packed_as_onnxruntimes_kernel_does(
     weight: np.ndarray, bits: int, block_size: int
 ) -> None:
+    require_as_the_kernel(weight, bits, block_size)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_real_weights_are_rounded_and_packed_as_onnxruntimes_kernel_does(
+    bits: int, smollm2: Path
+) -> None:
+    with safe_open(smollm2 / "model.safetensors", "np") as file:
+        for name in [name for name in file.keys() if ".5." in name and "proj" in name]:  # noqa: SIM118
+            require_as_the_kernel(file.get_tensor(name), bits, 32)
+
+
+def require_as_the_kernel(weight: np.ndarray, bits: int, block_size: int) -> None:
     [(packed, scales)] = Rtn(bits, block_size).quantize("", weight)
     (outputs, inputs), blocks = weight.shape, packed.shape[1]
     expected, expected_scales = np.zeros_like(packed), np.zeros_like(scales)
