@@ -50,6 +50,8 @@ LIBRARIES = (
     "onnxruntime",
     "onnx",
     "onnx-ir",
+    "onnxscript",
+    "onnx-shape-inference",
     "numpy",
     "scipy",
     "torch",

@@ -74,7 +74,7 @@ def test_an_architecture_that_the_others_lack_is_packaged_and_answers(
     tokenizer: Path, project: Project, tmp_path: Path
 ) -> None:
     """GPT-Neo: the builder does not know it, and mobius leaves out its windows."""
-    source = write_tiny(tmp_path / "source", tokenizer, "GPTNeo", initializer_range=0.2, **GPT_NEO)
+    source = write_tiny(tmp_path / "source", tokenizer, "GPTNeo", initializer_range=0.1, **GPT_NEO)
     own = [f"model.source={source}", "model.name=neo", "model.licence=mit", *TINY.split()]
     fetched = project.call("fetch", *own)
     with pytest.raises(StepError, match=r"genai: .*; mobius: .*Try export.graph=optimum, which"):
@@ -92,7 +92,7 @@ def test_an_architecture_that_the_others_lack_is_packaged_and_answers(
     measured = project.call(
         "evaluate", *own, f"candidate={json.dumps(uris)}", f"reference={reference.uri}"
     )
-    assert measured.candidate_metrics["kl_divergence"] < 0.5
+    assert measured.candidate_metrics["kl_divergence"] < 0.15
     with tracking(project):
         chat = mlflow.pyfunc.load_model(uris[-1])
         messages = [{"role": "user", "content": "Hello"}]
