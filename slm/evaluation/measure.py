@@ -26,7 +26,7 @@ from slm.digests import digest_of
 from slm.errors import KilledError, UserError, error_of, one_line
 from slm.evaluation.worker import Found, Prompt, Request
 from slm.records import LoggedModel, from_json
-from slm.running.tracking import store_variables
+from slm.running.tracking import note_use, store_variables
 from slm.running.work import code_digests, keep, versions
 from slm.variables import variables
 from slm_pyfunc.verify import PUBLIC_KEY
@@ -112,6 +112,7 @@ class Measuring:
             still_there=lambda m: not (m.found.failures or m.found.unavailable),
             again=again,
         )
+        note_use(kept.folder)  # the next process reads it
         if kept.reused:
             log.info("read what was measured of %s before, in %s", model.name, kept.folder)
         return kept.outcome

@@ -227,6 +227,12 @@ def mlflow_run(name: str, work: Path, shown: str = "") -> Iterator[mlflow.Active
         mlflow.end_run()  # after an error, entry_point ends the run with the error on it
 
 
+def note_use(folder: Path) -> None:
+    """Name a folder of the work folder on the active run: what a live run names, `clean` leaves."""
+    if mlflow.active_run() is not None:
+        mlflow.set_tag(f"uses.{folder.name}", folder.parent.name)
+
+
 def hide_secrets(run: mlflow.ActiveRun) -> None:
     """Take them out of the tags that MLflow set: the project's git URI may hold a token."""
     hidden = {name: redacted(value) for name, value in run.data.tags.items()}
