@@ -54,6 +54,15 @@ def test_a_quote_that_is_not_closed_is_refused() -> None:
         split_overrides("model.source=/a/it's x=1")
 
 
+@pytest.mark.parametrize("text", ["[evaluate=full]", '["a=1", 1]', '[["a=1"]]', "["])
+def test_a_list_that_is_not_one_of_texts_in_json_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(HydraException) as raised:
+        split_overrides(text)
+    line = explain(raised.value)
+    assert line.startswith(f"command line: overrides={text} begins with [ and is no list of texts")
+    assert "\n" not in line
+
+
 def test_mlproject_parameters_become_quoted_overrides_and_empty_ones_vanish() -> None:
     argv = ["--model", "m", "--source", "/a b/it's,=1", "--target", "", "--overrides", "x=1 y=2"]
     assert hydra_arguments("export_onnx", argv) == [
