@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import pytest
 from slm.digests import digest_files
 from slm.errors import UnreachableError, words_for
 from slm.running.run import run_step
-from slm.running.tracking import absolute_uri, mlflow_run, settle_tracking
+from slm.running.tracking import absolute_uri, calling_folder, mlflow_run, settle_tracking
 from slm.running.work import NotKept, code_digests, keep
 from tests.conftest import Project, composed, tracking
 
@@ -208,11 +209,31 @@ def test_a_relative_store_is_where_mlflow_run_was_called(
     with subprocess.Popen(["sleep", "60"], cwd=tmp_path) as mlflow_run:
         monkeypatch.setattr("psutil.Process.parents", lambda _: [psutil.Process(mlflow_run.pid)])
         outside = absolute_uri("sqlite:///mlflow.db")
+        calling_folder.cache_clear()  # as another process
         monkeypatch.setenv("MLFLOW_RUN_ID", "1")
         inside = absolute_uri("sqlite:///mlflow.db")
+        monkeypatch.delenv("MLFLOW_RUN_ID")  # as MLflow does when the first job starts its run
+        later = absolute_uri("sqlite:///mlflow.db")
         mlflow_run.kill()
     assert outside == f"sqlite:///{Path.cwd()}/mlflow.db"
-    assert inside == f"sqlite:///{tmp_path}/mlflow.db"
+    assert inside == later == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_who_has_a_run_open_waits_for_the_server(
+    opened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the second job of a --multirun has, whose run is in no variable."""
+    patience: list[str | None] = []
+    retries = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    monkeypatch.setattr(
+        mlflow, "search_experiments", lambda **_: patience.append(os.environ.get(retries))
+    )
+    monkeypatch.setattr(mlflow, "active_run", lambda: object() if opened else None)
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "http://127.0.0.1:9")
+    monkeypatch.setattr(mlflow, "set_tracking_uri", lambda _: None)
+    settle_tracking()
+    assert patience == [None if opened else "0"]
 
 
 def test_a_store_that_is_no_path_stays_as_it_is() -> None:
