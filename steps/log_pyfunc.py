@@ -201,8 +201,10 @@ def prove_environment(
     log.info("the models answer in an environment of their own, where torch is absent")
 
 
-def all_exist(result: LoggedModels) -> bool:
-    return all(logged_model_exists(model.model_id) for model in result.models)
+def gone(result: LoggedModels) -> str:
+    """In words, that a logged model is gone from the store; "" if none is."""
+    lost = [model.uri for model in result.models if not logged_model_exists(model.model_id)]
+    return f"{', '.join(lost)} is gone, or not whole" if lost else ""
 
 
 def require_first(provenances: list[Provenance], config: Config) -> None:
@@ -262,7 +264,7 @@ def main(config: Config) -> LoggedModels:
         },
         make=make,
         publish=lambda *_: link_training(provenance),
-        still_there=all_exist,
+        stale=gone,
     )
 
 

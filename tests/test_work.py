@@ -20,6 +20,8 @@ from slm.running.tracking import absolute_uri, calling_folder, mlflow_run, settl
 from slm.running.work import NotKept, code_digests, keep
 from tests.conftest import Project, composed, tracking
 
+GONE = "models:/m-1 is gone"
+
 
 @dataclass(frozen=True)
 class Letter:
@@ -49,7 +51,7 @@ class Writer:
                 key={"text": self.text},
                 module=__name__,
                 make=self.work,
-                still_there=lambda _: there,
+                stale=lambda _: "" if there else GONE,
             )
 
 
@@ -93,7 +95,7 @@ def reason(work: Path, key: dict[str, Any], again: bool = False, there: bool = T
 
     asked = partial(keep, "letter", str(work), Letter, key=key, module="slm.digests", make=make)
     try:
-        asked(only_kept=True, again=again, still_there=lambda _: there)
+        asked(only_kept=True, again=again, stale=lambda _: "" if there else GONE)
     except NotKept as why:
         asked()
         return str(why)
@@ -115,7 +117,7 @@ def test_the_reason_is_what_differs_from_the_nearest_outcome(tmp_path: Path) -> 
 def test_the_reason_may_be_what_became_of_the_outcome(tmp_path: Path) -> None:
     reason(tmp_path, {})
     assert reason(tmp_path, {}, again=True) == "asked for again"
-    assert reason(tmp_path, {}, there=False).startswith("what it ended with is no longer there")
+    assert reason(tmp_path, {}, there=False) == GONE
     [text] = tmp_path.glob("letter/*/text")
     text.write_text("tampered")
     assert reason(tmp_path, {}) == f"{text.parent} changed since it was made"

@@ -109,7 +109,7 @@ class Measuring:
             },
             module=WORKER,
             make=lambda folder: run_worker(model, self.request, folder, against),
-            still_there=lambda m: not (m.found.failures or m.found.unavailable),
+            stale=lambda m: failed_before(m.found),
             again=again,
         )
         note_use(kept.folder)  # the next process reads it
@@ -121,6 +121,12 @@ class Measuring:
         """Load a model and no more; its `unavailable` says why this machine cannot run it."""
         with tempfile.TemporaryDirectory() as scratch:
             return run_worker(model, self.request, Path(scratch), only_load=True).found
+
+
+def failed_before(found: Found) -> str:
+    """What of a model was not measured, in words, "" for nothing: it may succeed by now."""
+    parts = ", ".join(found.failures) or found.unavailable
+    return f"it was not measured whole: {parts}" if parts else ""
 
 
 def measure_all(
