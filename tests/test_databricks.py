@@ -21,7 +21,8 @@ from databricks.sdk.service.serving import ServingModelWorkloadType
 from mlflow import MlflowClient
 from mlflow.projects.databricks import DatabricksSubmittedRun
 
-from deploy.databricks.serve import FEW_THREADS, THREADS, serve
+from deploy.databricks import run as driver
+from deploy.databricks.serve import FEW_THREADS, THREADS, registered, serve
 from deploy.databricks.submit import CLUSTER, LIMIT_MB, submit
 from slm.config.common import ROOT
 from slm.registry.names import CHAMPION, PREVIOUS, ROLLED_BACK
@@ -136,7 +137,8 @@ def make_champion(client: MlflowClient, name: str, previous: str = "") -> str:
 def test_the_job_package_runs_an_entry_point_and_moves_the_endpoint(
     workspace: Workspace, client: MlflowClient
 ) -> None:
-    name = f"main.slm.{MODEL}-{TARGET}-chat"
+    """The endpoint's model is the one of that run, whatever overrides name it."""
+    name = f"main.slm.{MODEL}-prod-chat"
     first = make_champion(client, name)
     make_champion(client, name, previous=first)
     experiment = client.create_experiment(deployed("${resources.experiments.packaging.name}"))
@@ -144,7 +146,8 @@ def test_the_job_package_runs_an_entry_point_and_moves_the_endpoint(
     settings = deployed(JOBS["package"], experiment)
     job: Any = databricks.api_client.do("POST", "/api/2.2/jobs/create", body=settings)
     reason = "it's slow, a=b"
-    given = {"entry_point": "rollback", "overrides": f'reason="{reason}"', "endpoint": "slm-chat"}
+    overrides = f"""reason="{reason}" register.name_template='{{model}}-prod-{{interface}}'"""
+    given = {"entry_point": "rollback", "overrides": overrides, "endpoint": "slm-chat"}
     started = databricks.jobs.run_now(job["job_id"], job_parameters=given)
     run = workspace.jobs.runs[started.run_id]
     while run.life_cycle != "TERMINATED":  # the SDK asks ever more rarely
@@ -155,7 +158,37 @@ def test_the_job_package_runs_an_entry_point_and_moves_the_endpoint(
     assert client.get_model_version_by_alias(name, CHAMPION).version == first
     assert reason in client.get_model_version(name, "2").tags[ROLLED_BACK]
     [served] = workspace.endpoints["slm-chat"]["config"]["served_entities"]
-    assert served["entity_version"] == first
+    assert (served["entity_name"], served["entity_version"]) == (name, first)
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ({"registered": [{"name": "c.s.m-chat"}, {"name": "c.s.m-prompt"}]}, ["c.s.m-chat"]),
+        ({"jobs": [{"registered": [{"name": f"c.s.{m}"}]} for m in "ab"]}, ["c.s.a", "c.s.b"]),
+        ({"entry_point": "rollback", "result": {"steps": [{"name": "c.s.m"}]}}, ["c.s.m"]),
+        ({"entry_point": "plan", "result": {"steps": [{"step": "fetch"}]}}, []),
+    ],
+    ids=["main", "several", "rollback", "none"],
+)
+def test_the_endpoint_follows_the_one_model_that_was_registered(
+    said: dict[str, Any], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(driver, "variables", lambda _: {"SLM_VENV": sys.prefix})
+
+    def call(command: list[str], _: dict[str, str]) -> None:
+        summary = Path(command[-1].removeprefix("summary="))
+        told = {"entry_point": "main", "registered": [], "jobs": [], "result": None, **said}
+        summary.write_text(json.dumps(told))
+
+    monkeypatch.setattr(driver, "call", call)
+    driver.run(ROOT, "main", [])
+    if len(names) == 1:
+        assert registered() == names[0]
+    else:
+        with pytest.raises(RuntimeError, match=", ".join(names) or "no model"):
+            registered()
 
 
 @pytest.mark.skipif("SLM_WHOLE" not in os.environ, reason="minutes: make test-databricks")
