@@ -7,6 +7,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from deploy.databricks.serve import FEW_THREADS, THREADS, registered, serve
 from deploy.databricks.submit import CLUSTER, LIMIT_MB, submit
 from slm.config.common import ROOT
 from slm.registry.names import CHAMPION, PREVIOUS, ROLLED_BACK
+from slm.running.work import imported_names, module_path
 from tests.conftest import MODEL, TARGET, composed
 from tests.databricks import READY, USER, Workspace
 from tests.tiny_models import log_tiny
@@ -100,11 +102,35 @@ def test_the_jobs_give_what_entry_points_take_and_conf_has() -> None:
     flags = [p for p in score["tasks"][0]["spark_python_task"]["parameters"] if p[:2] == "--"]
     assert {flag[2:] for flag in flags} == ENTRY_POINTS["score"]["parameters"].keys()
     assert len(package["schedule"]["quartz_cron_expression"].split()) == 6
-    pins = (ROOT / "requirements.txt").read_text().splitlines()
-    assert {library["pypi"]["package"] for library in score["tasks"][0]["libraries"]} <= {*pins}
     assert BUNDLE["targets"]["dev"]["mode"] == "development"
     assert BUNDLE["targets"]["prod"]["mode"] == "production"
     assert ServingModelWorkloadType(deployed("${var.workload_type}"))
+
+
+def imported(*modules: str) -> set[str]:
+    """The distributions that project modules import, and those that they import in turn."""
+    found: set[str] = set()
+    waiting, seen, owners = list(modules), set[str](), packages_distributions()
+    while waiting:
+        name = waiting.pop()
+        if path := module_path(name):
+            waiting += () if name in seen else imported_names(name, path)
+            seen.add(name)
+        else:
+            found |= {owner.lower() for owner in owners.get(name.split(".")[0], [])}
+    return found
+
+
+def test_the_job_score_installs_what_it_imports_and_the_runtime_has_not() -> None:
+    """With the code that the logged models ship; packages that sign are not for this job."""
+    there = {"numpy", "pandas", "onnxruntime"}  # the last is required by onnxruntime-genai
+    signing = {"model-signing", "cyclonedx-python-lib", "packageurl-python"}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line and ";" not in line)
+    needed = imported("steps.score", "slm_pyfunc.chat", "slm_pyfunc.prompt") & pins.keys()
+    libraries = deployed(JOBS["score"])["tasks"][0]["libraries"]
+    expected = {f"{name}=={pins[name]}" for name in needed - there - signing}
+    assert {library["pypi"]["package"] for library in libraries} == expected
 
 
 @pytest.fixture
