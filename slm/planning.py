@@ -21,7 +21,7 @@ from slm.digests import size_mb
 from slm.errors import InfrastructureError, UserError
 from slm.records import Checkpoint
 from slm.registry.kinds import require_registry
-from slm.running.chain import Link, kept, of_first_target, of_target, pipeline
+from slm.running.chain import SHARED, Link, kept, of_first_target, of_target, pipeline
 from slm.running.costs import Cost, Size, cost_of
 from slm.running.memory import available_memory_gb
 from slm.running.run import Ask
@@ -182,15 +182,26 @@ def ask(link: Link, config: Config, outcomes: dict[str, Any]) -> tuple[str, str]
     """What a step would do, and why; its outcome goes to the others if it is kept."""
     waits_for = [step for step in link.needs if step not in outcomes]
     if waits_for:
-        before = records(work_folder(config.paths.work) / link.step)
-        if not any(r.get("of", {}).get("model") == config.model.name for r in before):
-            return RUNS, f"never made of {config.model.name}"
+        if not made_before(link.step, config):
+            return RUNS, f"never made of {' for '.join(of_step(link.step, config).values())}"
         return MAY_RUN, f"if {' or '.join(waits_for)} ends otherwise"
     try:
         outcomes[link.name] = kept(link.step, config, link.inputs(outcomes), Ask.look)
     except NotKept as why:
         return RUNS, str(why)
     return REUSED, outcomes[link.name].uri
+
+
+def of_step(step: str, config: Config) -> dict[str, str]:
+    """What tells outcomes of a step from those of other models, and of other targets if it may."""
+    target = {} if step in SHARED else {"target": config.target.name}
+    return {"model": config.model.name, **target}
+
+
+def made_before(step: str, config: Config) -> list[dict[str, Any]]:
+    """The records of the step's outcomes that are kept of this model, and target."""
+    own, found = of_step(step, config), records(work_folder(config.paths.work) / step)
+    return [record for record in found if own.items() <= record.get("of", {}).items()]
 
 
 def costing(
@@ -213,12 +224,7 @@ def costing(
             disk_gb=0.0 if links else cost.disk_gb,
             cache_gb=0.0 if there else cost.cache_gb,
         )
-    same = {"model": config.model.name, "target": config.target.name}
-    last = max(
-        (r for r in records(work_folder(config.paths.work) / step) if r.get("of") == same),
-        key=lambda record: record["made"],
-        default=None,
-    )
+    last = max(made_before(step, config), key=lambda record: record["made"], default=None)
     if last is None:
         return cost, "" if size is None else "by size"
     return replace(cost, memory_gb=last["peak_rss_mb"] / 1e3, seconds=last["made_s"]), (

@@ -9,8 +9,10 @@ import pytest
 from slm.config import Config
 from slm.errors import InfrastructureError, InputError
 from slm.planning import Plan, costing, places_of, plan, require_room
+from slm.planning import ask as asked
+from slm.running.chain import PIPELINE
 from slm.running.command import split_overrides
-from slm.running.costs import Size, cost_of
+from slm.running.costs import Cost, Size, cost_of
 from slm.running.memory import left_in_cgroups
 from slm.running.tracking import logged_model_exists
 from slm.running.work import records
@@ -60,6 +62,25 @@ def test_what_differs_runs_and_what_depends_on_it_may(
     assert next(step.why for step in steps if step.does == "runs") == why
     cost = next(step.cost for step in steps if step.does == "runs")
     assert None not in (cost.disk_gb, cost.memory_gb, cost.seconds)
+
+
+def test_what_was_made_for_another_target_runs_unless_all_targets_share_it(tmp_path: Path) -> None:
+    config = composed(f"paths.work={tmp_path}")
+    for step in ("log_transformers", "export_onnx"):
+        (tmp_path / step / "1").mkdir(parents=True)
+        of = {"model": config.model.name, "target": "cuda-fp16"}
+        record = json.dumps({"of": of, "made": 1, "made_s": 7.0, "peak_rss_mb": 9.0})
+        (tmp_path / step / "1" / "result.json").write_text(record)
+    found = {
+        link.step: (asked(link, config, {}), costing(link.step, config, None, places_of(config)))
+        for link in PIPELINE
+        if link.step in ("log_transformers", "export_onnx")
+    }
+    never = f"never made of {config.model.name} for {config.target.name}"
+    assert found["export_onnx"][0] == ("runs", never)
+    assert found["export_onnx"][1] == (Cost(), "")
+    assert found["log_transformers"][0] == ("may run", "if fetch ends otherwise")
+    assert found["log_transformers"][1] == (Cost(memory_gb=0.009, seconds=7.0), "as last time")
 
 
 @pytest.mark.parametrize("ask", [plan, main])
