@@ -31,6 +31,7 @@ from slm.seal import require_key_to_sign
 from slm.sources.adapter import sources_of
 from slm.sources.hub import Hub
 from slm.sources.resolve import Source
+from slm.sources.size import BITS, bits_of, dequantized, size_at
 from slm.sources.weights import read_tensors
 
 log = logging.getLogger("slm.planning")
@@ -216,7 +217,7 @@ def costing(
     if same_disk(places.get("store_gb"), places["disk_gb"]):
         cost = replace(cost, store_gb=0.0)  # hard links
     if cost.cache_gb:
-        links = same_disk(places["cache_gb"], places["disk_gb"])
+        links = same_disk(places["cache_gb"], places["disk_gb"]) and not (size and size.gguf_gb)
         source = source or sources_of(config.model)[1]
         there = isinstance(source, Hub) and source.cached() is not None
         cost = replace(
@@ -244,12 +245,12 @@ def size_of(
     """The model's size: of the checkpoint, else as conf/ or its source says; None if none does."""
     if checkpoint is not None:
         return size_in(Path(checkpoint.uri), checkpoint.source)
-    named, parameters = config.model.source or "", config.model.parameters
-    stored = 4 if named.endswith(".gguf") else 2  # bytes: dequantized to float32, or in bfloat16
-    if parameters:
-        return Size(parameters / 1e9, stored * parameters / 1e9)
-    checkpoint_gb = (source or sources_of(config.model)[1]).weights_gb()
-    return None if checkpoint_gb is None else Size(checkpoint_gb / stored, checkpoint_gb)
+    named, weights = config.model.source or "", (config.model.parameters or 0) / 1e9
+    if weights and named.endswith(".gguf"):
+        return dequantized(weights, weights * (bits_of(named) or BITS["Q8_0"]) / 8)
+    if weights:
+        return Size(weights, 2 * weights)  # in bfloat16
+    return size_at(source or sources_of(config.model)[1])
 
 
 def places_of(config: Config) -> dict[str, Path]:

@@ -8,7 +8,7 @@ import pytest
 
 from slm.config import Config
 from slm.errors import InfrastructureError, InputError
-from slm.planning import Plan, costing, places_of, plan, require_room
+from slm.planning import Plan, costing, places_of, plan, require_room, size_of
 from slm.planning import ask as asked
 from slm.running.chain import PIPELINE
 from slm.running.command import split_overrides
@@ -135,6 +135,57 @@ def test_an_export_is_expected_to_take_what_one_of_its_size_took(
     """The shapes in docs/benchmarks.md, within a quarter."""
     cost = cost_of("export_onnx", Size(weights, 2 * weights), composed())
     assert (cost.seconds, cost.memory_gb) == pytest.approx((seconds, memory_gb), rel=0.25)
+
+
+def file_of(folder: Path, name: str, mb: float, config: str = "") -> Path:
+    """A file of zeros in a folder, and its config.json."""
+    (folder / name).write_bytes(bytes(int(mb * 1e6)))
+    if config:
+        (folder / "config.json").write_text(config)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        ('{"dtype": "float32"}', 1e-3),
+        ('{"text_config": {"torch_dtype": "float32"}}', 1e-3),
+        ('{"torch_dtype": "bfloat16"}', 2e-3),
+        ("{}", 2e-3),
+    ],
+)
+def test_weights_are_counted_before_they_are_brought_by_the_type_in_the_configuration(
+    config: str, weights: float, tmp_path: Path
+) -> None:
+    file_of(tmp_path, "model.safetensors", 4, config)
+    own = composed("model.name=mine", f"model.source={tmp_path}")
+    assert size_of(own, None) == Size(weights, 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("m-Q8_0.gguf", 8e-3), ("m.q4_k_m.gguf", 8e-3), ("m.gguf", None)]
+)
+def test_weights_of_a_gguf_are_counted_by_its_size_and_the_type_in_its_name(
+    name: str, weights: float | None, tmp_path: Path
+) -> None:
+    path = file_of(tmp_path, name, 8.5 if "8" in name else 4.9)
+    for source in (tmp_path, path):  # the one GGUF of a folder needs no name
+        size = size_of(composed("model.name=mine", f"model.source={source}"), None)
+        if weights is None:
+            assert size is None
+        else:
+            assert size is not None and size.gguf_gb == path.stat().st_size / 1e9
+            assert (size.weights, size.checkpoint_gb) == pytest.approx((weights, 4 * weights))
+
+
+def test_of_a_gguf_at_the_hub_the_cache_holds_the_file_and_the_checkpoint_is_no_link(
+    tmp_path: Path,
+) -> None:
+    at_hub = f"model.source=hf://acme/m@{'0' * 40}/m-Q8_0.gguf"
+    config = composed(f"paths.work={tmp_path}", "model.name=mine", at_hub, "model.parameters=8e9")
+    places = {"disk_gb": tmp_path, "cache_gb": tmp_path}
+    cost, _ = costing("fetch", config, size_of(config, None), places)
+    assert (cost.disk_gb, cost.cache_gb) == (32, 8.5)
 
 
 GB = 10**9
