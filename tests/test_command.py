@@ -1,12 +1,14 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from slm.config.common import ROOT
 from slm.errors import InputError
-from slm.running.command import hydra_arguments, split_overrides
+from slm.running.command import ALIASES, COMMON, hydra_arguments, split_overrides
 from slm.running.hydra_errors import explain
 from tests.conftest import MODEL, Project, composed
 
@@ -165,6 +167,12 @@ def test_an_undeclared_parameter_is_refused_with_the_valid_ones(project: Project
     process = project.mlflow_run("fetch", "colour=red")
     valid = "model, target, force, summary, preflight, overrides"
     assert f"fetch has no parameter 'colour'; valid: {valid}" in process.stderr
+
+
+def test_mlproject_names_what_every_entry_point_takes_besides() -> None:
+    comment = (ROOT / "MLproject").read_text().partition("entry_points:")[0]
+    named = re.findall("`([a-z]+)`", comment.partition("and takes")[2])
+    assert {*named} == {*COMMON, *ALIASES}
 
 
 def test_help_and_cfg_are_hydras(project: Project) -> None:
