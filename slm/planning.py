@@ -21,7 +21,7 @@ from slm.digests import size_mb
 from slm.errors import InfrastructureError, UserError
 from slm.records import Checkpoint
 from slm.registry.kinds import require_registry
-from slm.running.chain import Link, kept, of_first_target, of_target, pipeline
+from slm.running.chain import SHARED, Link, kept, of_first_target, of_target, pipeline
 from slm.running.costs import Cost, Size, cost_of
 from slm.running.memory import available_memory_gb
 from slm.running.run import Ask
@@ -31,6 +31,7 @@ from slm.seal import require_key_to_sign
 from slm.sources.adapter import sources_of
 from slm.sources.hub import Hub
 from slm.sources.resolve import Source
+from slm.sources.size import BITS, bits_of, dequantized, size_at
 from slm.sources.weights import read_tensors
 
 log = logging.getLogger("slm.planning")
@@ -182,15 +183,26 @@ def ask(link: Link, config: Config, outcomes: dict[str, Any]) -> tuple[str, str]
     """What a step would do, and why; its outcome goes to the others if it is kept."""
     waits_for = [step for step in link.needs if step not in outcomes]
     if waits_for:
-        before = records(work_folder(config.paths.work) / link.step)
-        if not any(r.get("of", {}).get("model") == config.model.name for r in before):
-            return RUNS, f"never made of {config.model.name}"
+        if not made_before(link.step, config):
+            return RUNS, f"never made of {' for '.join(of_step(link.step, config).values())}"
         return MAY_RUN, f"if {' or '.join(waits_for)} ends otherwise"
     try:
         outcomes[link.name] = kept(link.step, config, link.inputs(outcomes), Ask.look)
     except NotKept as why:
         return RUNS, str(why)
     return REUSED, outcomes[link.name].uri
+
+
+def of_step(step: str, config: Config) -> dict[str, str]:
+    """What tells outcomes of a step from those of other models, and of other targets if it may."""
+    target = {} if step in SHARED else {"target": config.target.name}
+    return {"model": config.model.name, **target}
+
+
+def made_before(step: str, config: Config) -> list[dict[str, Any]]:
+    """The records of the step's outcomes that are kept of this model, and target."""
+    own, found = of_step(step, config), records(work_folder(config.paths.work) / step)
+    return [record for record in found if own.items() <= record.get("of", {}).items()]
 
 
 def costing(
@@ -205,7 +217,7 @@ def costing(
     if same_disk(places.get("store_gb"), places["disk_gb"]):
         cost = replace(cost, store_gb=0.0)  # hard links
     if cost.cache_gb:
-        links = same_disk(places["cache_gb"], places["disk_gb"])
+        links = same_disk(places["cache_gb"], places["disk_gb"]) and not (size and size.gguf_gb)
         source = source or sources_of(config.model)[1]
         there = isinstance(source, Hub) and source.cached() is not None
         cost = replace(
@@ -213,12 +225,7 @@ def costing(
             disk_gb=0.0 if links else cost.disk_gb,
             cache_gb=0.0 if there else cost.cache_gb,
         )
-    same = {"model": config.model.name, "target": config.target.name}
-    last = max(
-        (r for r in records(work_folder(config.paths.work) / step) if r.get("of") == same),
-        key=lambda record: record["made"],
-        default=None,
-    )
+    last = max(made_before(step, config), key=lambda record: record["made"], default=None)
     if last is None:
         return cost, "" if size is None else "by size"
     return replace(cost, memory_gb=last["peak_rss_mb"] / 1e3, seconds=last["made_s"]), (
@@ -238,12 +245,12 @@ def size_of(
     """The model's size: of the checkpoint, else as conf/ or its source says; None if none does."""
     if checkpoint is not None:
         return size_in(Path(checkpoint.uri), checkpoint.source)
-    named, parameters = config.model.source or "", config.model.parameters
-    stored = 4 if named.endswith(".gguf") else 2  # bytes: dequantized to float32, or in bfloat16
-    if parameters:
-        return Size(parameters / 1e9, stored * parameters / 1e9)
-    checkpoint_gb = (source or sources_of(config.model)[1]).weights_gb()
-    return None if checkpoint_gb is None else Size(checkpoint_gb / stored, checkpoint_gb)
+    named, weights = config.model.source or "", (config.model.parameters or 0) / 1e9
+    if weights and named.endswith(".gguf"):
+        return dequantized(weights, weights * (bits_of(named) or BITS["Q8_0"]) / 8)
+    if weights:
+        return Size(weights, 2 * weights)  # in bfloat16
+    return size_at(source or sources_of(config.model)[1])
 
 
 def places_of(config: Config) -> dict[str, Path]:

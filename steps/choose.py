@@ -35,7 +35,7 @@ from slm.evaluation.summary import next_lines, show
 from slm.records import Registration
 from slm.registry.kinds import require_registry, tag_limit
 from slm.registry.names import CHOSEN, cut
-from slm.running.chain import given_overrides
+from slm.running.chain import SHARED, given_overrides
 from slm.running.command import entry_point, heed_another_source, typed
 from slm.running.summary import job, note, worst
 from slm.running.tracking import mlflow_run
@@ -43,8 +43,6 @@ from slm.running.work import work_folder
 from slm.seal import require_key_to_sign
 
 log = logging.getLogger("slm.choose")
-
-SHARED = ("fetch", "log_transformers")  # the same for all targets: if one fails, all do
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,7 @@ def tried(chain: Chain, budget: dict[str, Gate], smallest: Rung | None) -> Rung:
         except UserError as error:
             failed = next(link.step for link in chain.links[:-1] if link.step not in chain.children)
             told.error, told.exit_code = told_of(error)
+            # What all targets share fails for all of them.
             if failed in SHARED or isinstance(error, UnreachableError) or is_away(told.error):
                 raise
     row = row_of(told)

@@ -130,11 +130,16 @@ def reasons_of(gates: list[Judged], found: Found) -> list[str]:
     return reasons
 
 
-def is_complete(evaluation: Evaluation) -> bool:
-    """Whether all was measured; what a crash or an absent provider prevented may succeed by now."""
-    everything = not any(math.isnan(gate.value) for gate in evaluation.gates)
-    champion = bool(evaluation.champion_metrics) or not evaluation.champion
-    return everything and champion and evaluation.verdict != "not_evaluated"
+def incomplete(evaluation: Evaluation) -> str:
+    """What was not measured, in words, "" for nothing.
+
+    What a crash or an absent provider prevented may succeed by now.
+    """
+    if evaluation.verdict == "not_evaluated":
+        return f"not evaluated before: {'; '.join(evaluation.reasons)}"
+    missing = [gate.metric for gate in evaluation.gates if math.isnan(gate.value)]
+    missing += ["the champion"] if evaluation.champion and not evaluation.champion_metrics else []
+    return f"not measured before: {', '.join(missing)}" if missing else ""
 
 
 def logged_pair(config: Config) -> tuple[list[LoggedModel], LoggedModel]:
@@ -266,7 +271,7 @@ def main(config: Config) -> Evaluation:
             "tracking": shown_tracking_uri(),
         },
         make=lambda folder: evaluate(inputs, conditions, config, folder),
-        still_there=is_complete,
+        stale=incomplete,
         publish=lambda evaluation, reused: publish(evaluation, reused, inputs, config),
     )
 

@@ -42,7 +42,7 @@ from slm.running.command import entry_point
 from slm.running.lineage import link_training, training_tags
 from slm.running.links import copies_as_links
 from slm.running.run import run_step
-from slm.running.tracking import local_path, logged_model_exists, shown_tracking_uri
+from slm.running.tracking import local_path, logged_model_exists, note_use, shown_tracking_uri
 from slm.running.work import versions, work_folder
 from slm.seal import Sealed, require_key_to_sign, signed_by, verifier_requirements
 from slm_pyfunc.parameters import AT_LOAD
@@ -192,6 +192,7 @@ def prove_environment(
     """
     folders = [mlflow.artifacts.download_artifacts(artifact_uri=uri) for uri in uris]
     python = environment_of(requirements, work_folder(work) / "environments")
+    note_use(python.parents[1])
     key = {PUBLIC_KEY: public_key or ""}
     if complaint := prove(folders, python=str(python), forbid=FORBIDDEN, environment=key):
         raise StepError(
@@ -200,8 +201,10 @@ def prove_environment(
     log.info("the models answer in an environment of their own, where torch is absent")
 
 
-def all_exist(result: LoggedModels) -> bool:
-    return all(logged_model_exists(model.model_id) for model in result.models)
+def gone(result: LoggedModels) -> str:
+    """In words, that a logged model is gone from the store; "" if none is."""
+    lost = [model.uri for model in result.models if not logged_model_exists(model.model_id)]
+    return f"{', '.join(lost)} is gone, or not whole" if lost else ""
 
 
 def require_first(provenances: list[Provenance], config: Config) -> None:
@@ -261,7 +264,7 @@ def main(config: Config) -> LoggedModels:
         },
         make=make,
         publish=lambda *_: link_training(provenance),
-        still_there=all_exist,
+        stale=gone,
     )
 
 

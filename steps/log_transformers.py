@@ -98,6 +98,12 @@ def named_checkpoint(checkpoint: Path, name: str) -> Iterator[str]:
         yield name
 
 
+def gone(result: LoggedModels) -> str:
+    """In words, that the logged model is gone from the store; "" if it is there."""
+    there = logged_model_exists(result.models[0].model_id)
+    return "" if there else f"{result.uri} is gone, or not whole"
+
+
 def main(config: Config) -> LoggedModels:
     checkpoint = local_path(config.source, "source", "fetch")
     require_files(checkpoint, "config.json", made_by="fetch")
@@ -123,7 +129,7 @@ def main(config: Config) -> LoggedModels:
         },
         make=make,
         publish=lambda *_: link_training(provenance),
-        still_there=lambda result: logged_model_exists(result.models[0].model_id),
+        stale=gone,
     )
 
 

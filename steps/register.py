@@ -21,12 +21,13 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from slm.config import Config
+from slm.config.model import Gate
 from slm.config.packaging import Register, Signing
 from slm.errors import StepError, VerdictError
 from slm.records import Evaluation, LoggedModel, RegisteredVersion, Registration
 from slm.redaction import redacted
-from slm.registry.names import CHALLENGER, CHAMPION, aliases_of, version_uri
-from slm.registry.promotion import drop_challenger, nominate, settle
+from slm.registry.names import CHALLENGER, CHAMPION, aliases_of, version_uri, version_with_alias
+from slm.registry.promotion import drop_challenger, nominate, objections, settle
 from slm.registry.turns import turn
 from slm.registry.versions import entry_of, make_registered_models, prove_versions, version_of
 from slm.running.command import entry_point
@@ -93,25 +94,33 @@ def registration(
     return Registration(f"models:/{lead.name}{ending}", verdict, made, promoted, reasons)
 
 
-def is_registered(registration: Registration) -> bool:
-    """Whether the registry still is as the outcome says.
+def changed(registration: Registration, evaluation: Evaluation, margins: dict[str, Gate]) -> str:
+    """In words, what in the registry is no longer as the outcome says; "" for nothing.
 
-    What kept a passed one from becoming champion may be gone, and asking costs little.
+    A version that passed and is not champion is registered again once something else, or nothing,
+    keeps it from that.
     """
-    if registration.verdict == "passed" and not registration.promoted:
-        return False
     client = MlflowClient()
-    try:
-        for made in registration.versions:
+    for made in registration.versions:
+        try:
             client.get_model_version(made.name, made.version)
-            if made.alias and aliases_of(client, made.name).get(made.alias) != made.version:
-                log.info("register: alias %s of %s was moved", made.alias, made.name)
-                return False
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
-    return True
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return f"{made.name} version {made.version} is gone"
+            raise
+        if made.alias and aliases_of(client, made.name).get(made.alias) != made.version:
+            return f"alias {made.alias} of {made.name} was moved"
+    if registration.promoted or registration.verdict != "passed":
+        return ""
+    made = registration.versions[0]
+    lead = client.get_model_version(made.name, made.version)
+    champion = version_with_alias(client, lead.name, CHAMPION)
+    if champion is not None and champion.version == lead.version:
+        return f"version {lead.version} is champion by now"
+    reasons = objections(lead, champion, evaluation, margins)
+    if reasons == registration.reasons:
+        return ""
+    return "; ".join(reasons) or f"nothing keeps version {lead.version} from becoming champion"
 
 
 def main(config: Config) -> Registration:
@@ -133,7 +142,7 @@ def main(config: Config) -> Registration:
             "registry": redacted(mlflow.get_registry_uri()),
         },
         make=make,
-        still_there=is_registered,
+        stale=lambda made: changed(made, evaluation, config.register.margins),
     )
 
 

@@ -43,6 +43,7 @@ from slm.records import (
 )
 from slm.running.command import entry_point, heed_another_source, split_overrides
 from slm.running.summary import CURRENT
+from slm.running.tracking import calling_folder
 from slm.seal import verifier_requirements
 from tests.checkpoints import write_as_phi3, write_tiny, write_tokenizer
 
@@ -126,6 +127,12 @@ def registry_of_its_own() -> Iterator[None]:
     yield
     mlflow.set_registry_uri("")
     os.environ.pop("MLFLOW_REGISTRY_URI", None)
+
+
+@pytest.fixture(autouse=True)
+def called_from_here() -> None:
+    """A command keeps for the process where it was called."""
+    calling_folder.cache_clear()
 
 
 @pytest.fixture

@@ -8,7 +8,12 @@ import pytest
 from filelock import FileLock
 
 from slm import environments
+from slm.digests import Provenance
+from slm.evaluation import measure, worker
+from slm.records import LoggedModel
+from slm.running.killed import end_killed
 from slm.running.work import RESULT
+from steps import log_pyfunc
 from steps.clean import Cleaning, clean, main
 from tests.conftest import Packaged, Project, composed, tracking
 
@@ -34,6 +39,14 @@ def cleaned(folder: Path, *overrides: str) -> Cleaning:
         return clean(folder / "work", composed(*overrides).clean)
     finally:
         mlflow.set_tracking_uri(before)
+
+
+def record(project: Project, run_id: str) -> None:
+    """What a process notes of its run, and a kill leaves."""
+    file = project.folder / "work" / "running" / f"{run_id}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    told = {"store": project.tracking_uri, "query": f"attributes.run_id = '{run_id}'"}
+    file.write_text(json.dumps(told))
 
 
 def names(done: Cleaning) -> list[str]:
@@ -103,18 +116,47 @@ def test_what_is_being_made_stays(tmp_path: Path, work: Path) -> None:
     assert names(cleaned(tmp_path)) == ["fetch/old"]
 
 
-def test_what_a_live_run_used_stays(project: Project) -> None:
+@pytest.mark.parametrize("levels", [1, 2], ids=["a step of main", "a step of choose"])
+def test_what_a_live_run_used_stays(project: Project, levels: int) -> None:
     made, read, other = (f"{number:016x}" for number in range(3))
     for key in (made, read, other):
         outcome(project.folder / "work", f"fetch/{key}", 40)
     client = project.client
     parent = client.create_run("1").info.run_id
-    child = client.create_run("1", tags={"mlflow.parentRunId": parent, "key": made}).info.run_id
-    client.log_param(child, "input.source", f"fetch/{read}/checkpoint")
-    client.set_terminated(child)
+    above = parent
+    for _ in range(levels):
+        above = client.create_run("1", tags={"mlflow.parentRunId": above}).info.run_id
+        client.set_terminated(above)
+    client.set_tag(above, "key", made)
+    client.log_param(above, "input.source", f"fetch/{read}/checkpoint")
     assert names(cleaned(project.folder)) == [f"fetch/{other}"]
     client.set_terminated(parent)
     assert names(cleaned(project.folder)) == [f"fetch/{made}", f"fetch/{read}"]
+
+
+def test_what_a_live_run_measured_or_asked_models_in_stays(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is locked while it is read."""
+    work, model = project.folder / "work", LoggedModel("m:/1", "n", "m", "chat", "", Provenance({}))
+    asked = measure.request_of(measure.Inputs([], model, None, [], [], ""), composed().evaluate)
+    measuring = measure.Measuring(asked, "one machine", str(work))
+    monkeypatch.setattr(
+        measure, "run_worker", lambda *given: measure.Measurement(str(given[2]), worker.Found())
+    )
+    monkeypatch.setattr(environments, "made_by_uv", lambda _, place, __: place.mkdir() is None)
+    monkeypatch.setattr(log_pyfunc, "prove", lambda *_, **__: "")
+    with tracking(project), mlflow.start_run():
+        measured = Path(measuring.measure(model).uri)
+        log_pyfunc.prove_environment(["a==1"], [], str(work))
+        [environment] = (work / "environments").glob("*/")
+        for used in (measured / RESULT, environment):
+            os.utime(used, (0, 0))
+        assert not names(cleaned(project.folder))
+    assert {*names(cleaned(project.folder))} == {
+        f"measure/{measured.name}",
+        f"environments/{environment.name}",
+    }
 
 
 def test_an_environment_that_is_used_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,13 +171,34 @@ def test_an_environment_that_is_used_stays(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_dry_run_ends_no_run_of_a_killed_process(project: Project) -> None:
     run_id, work = project.client.create_run("1").info.run_id, project.folder / "work"
-    (work / "running").mkdir(parents=True)
-    told = {"store": project.tracking_uri, "query": f"attributes.run_id = '{run_id}'"}
-    (work / "running" / f"{run_id}.json").write_text(json.dumps(told))
+    record(project, run_id)
     for dry, status in (("true", "RUNNING"), ("false", "KILLED")):
         with tracking(project):
             main(composed(f"paths.work={work}", f"clean.dry_run={dry}"))
         assert project.client.get_run(run_id).info.status == status
+
+
+def test_of_a_killed_run_all_that_is_below_ends_but_what_lives(project: Project) -> None:
+    """As of `choose`, whose rungs have steps below them, and one step that outlived it."""
+    client, running = project.client, project.folder / "work" / "running"
+
+    def run(above: str = "") -> str:
+        tags = {"mlflow.parentRunId": above} if above else {}
+        return client.create_run("1", tags=tags).info.run_id
+
+    choose = run()
+    rungs = [run(choose), run(choose)]
+    client.set_terminated(rungs[0])
+    steps = [run(rung) for rung in rungs]
+    living = run(rungs[1])
+    below = run(living)
+    for run_id in (choose, living):
+        record(project, run_id)
+    with tracking(project), FileLock(running / f"{living}.lock"):
+        end_killed(running.parent)
+    status = {run_id: client.get_run(run_id).info.status for run_id in (choose, *rungs, *steps)}
+    assert [*status.values()] == ["KILLED", "FINISHED", "KILLED", "KILLED", "KILLED"]
+    assert {client.get_run(run_id).info.status for run_id in (living, below)} == {"RUNNING"}
 
 
 def test_what_a_registered_version_was_made_from_stays(packaged: Packaged) -> None:

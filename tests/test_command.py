@@ -1,12 +1,14 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from slm.config.common import ROOT
 from slm.errors import InputError
-from slm.running.command import hydra_arguments, split_overrides
+from slm.running.command import ALIASES, COMMON, hydra_arguments, split_overrides
 from slm.running.hydra_errors import explain
 from tests.conftest import MODEL, Project, composed
 
@@ -52,6 +54,15 @@ def test_two_gates_can_be_added_in_one_string_of_overrides() -> None:
 def test_a_quote_that_is_not_closed_is_refused() -> None:
     with pytest.raises(HydraException, match="not closed: model.source=/a/it's"):
         split_overrides("model.source=/a/it's x=1")
+
+
+@pytest.mark.parametrize("text", ["[evaluate=full]", '["a=1", 1]', '[["a=1"]]', "["])
+def test_a_list_that_is_not_one_of_texts_in_json_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(HydraException) as raised:
+        split_overrides(text)
+    line = explain(raised.value)
+    assert line.startswith(f"command line: overrides={text} begins with [ and is no list of texts")
+    assert "\n" not in line
 
 
 def test_mlproject_parameters_become_quoted_overrides_and_empty_ones_vanish() -> None:
@@ -156,6 +167,12 @@ def test_an_undeclared_parameter_is_refused_with_the_valid_ones(project: Project
     process = project.mlflow_run("fetch", "colour=red")
     valid = "model, target, force, summary, preflight, overrides"
     assert f"fetch has no parameter 'colour'; valid: {valid}" in process.stderr
+
+
+def test_mlproject_names_what_every_entry_point_takes_besides() -> None:
+    comment = (ROOT / "MLproject").read_text().partition("entry_points:")[0]
+    named = re.findall("`([a-z]+)`", comment.partition("and takes")[2])
+    assert {*named} == {*COMMON, *ALIASES}
 
 
 def test_help_and_cfg_are_hydras(project: Project) -> None:

@@ -7,6 +7,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from databricks.sdk.service.serving import ServingModelWorkloadType
 from mlflow import MlflowClient
 from mlflow.projects.databricks import DatabricksSubmittedRun
 
-from deploy.databricks.serve import FEW_THREADS, THREADS, serve
+from deploy.databricks import run as driver
+from deploy.databricks.serve import FEW_THREADS, THREADS, registered, serve
 from deploy.databricks.submit import CLUSTER, LIMIT_MB, submit
 from slm.config.common import ROOT
 from slm.registry.names import CHAMPION, PREVIOUS, ROLLED_BACK
+from slm.running.work import imported_names, module_path
 from tests.conftest import MODEL, TARGET, composed
 from tests.databricks import READY, USER, Workspace
 from tests.tiny_models import log_tiny
@@ -99,11 +102,35 @@ def test_the_jobs_give_what_entry_points_take_and_conf_has() -> None:
     flags = [p for p in score["tasks"][0]["spark_python_task"]["parameters"] if p[:2] == "--"]
     assert {flag[2:] for flag in flags} == ENTRY_POINTS["score"]["parameters"].keys()
     assert len(package["schedule"]["quartz_cron_expression"].split()) == 6
-    pins = (ROOT / "requirements.txt").read_text().splitlines()
-    assert {library["pypi"]["package"] for library in score["tasks"][0]["libraries"]} <= {*pins}
     assert BUNDLE["targets"]["dev"]["mode"] == "development"
     assert BUNDLE["targets"]["prod"]["mode"] == "production"
     assert ServingModelWorkloadType(deployed("${var.workload_type}"))
+
+
+def imported(*modules: str) -> set[str]:
+    """The distributions that project modules import, and those that they import in turn."""
+    found: set[str] = set()
+    waiting, seen, owners = list(modules), set[str](), packages_distributions()
+    while waiting:
+        name = waiting.pop()
+        if path := module_path(name):
+            waiting += () if name in seen else imported_names(name, path)
+            seen.add(name)
+        else:
+            found |= {owner.lower() for owner in owners.get(name.split(".")[0], [])}
+    return found
+
+
+def test_the_job_score_installs_what_it_imports_and_the_runtime_has_not() -> None:
+    """With the code that the logged models ship; packages that sign are not for this job."""
+    there = {"numpy", "pandas", "onnxruntime"}  # the last is required by onnxruntime-genai
+    signing = {"model-signing", "cyclonedx-python-lib", "packageurl-python"}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line and ";" not in line)
+    needed = imported("steps.score", "slm_pyfunc.chat", "slm_pyfunc.prompt") & pins.keys()
+    libraries = deployed(JOBS["score"])["tasks"][0]["libraries"]
+    expected = {f"{name}=={pins[name]}" for name in needed - there - signing}
+    assert {library["pypi"]["package"] for library in libraries} == expected
 
 
 @pytest.fixture
@@ -136,7 +163,8 @@ def make_champion(client: MlflowClient, name: str, previous: str = "") -> str:
 def test_the_job_package_runs_an_entry_point_and_moves_the_endpoint(
     workspace: Workspace, client: MlflowClient
 ) -> None:
-    name = f"main.slm.{MODEL}-{TARGET}-chat"
+    """The endpoint's model is the one of that run, whatever overrides name it."""
+    name = f"main.slm.{MODEL}-prod-chat"
     first = make_champion(client, name)
     make_champion(client, name, previous=first)
     experiment = client.create_experiment(deployed("${resources.experiments.packaging.name}"))
@@ -144,7 +172,8 @@ def test_the_job_package_runs_an_entry_point_and_moves_the_endpoint(
     settings = deployed(JOBS["package"], experiment)
     job: Any = databricks.api_client.do("POST", "/api/2.2/jobs/create", body=settings)
     reason = "it's slow, a=b"
-    given = {"entry_point": "rollback", "overrides": f'reason="{reason}"', "endpoint": "slm-chat"}
+    overrides = f"""reason="{reason}" register.name_template='{{model}}-prod-{{interface}}'"""
+    given = {"entry_point": "rollback", "overrides": overrides, "endpoint": "slm-chat"}
     started = databricks.jobs.run_now(job["job_id"], job_parameters=given)
     run = workspace.jobs.runs[started.run_id]
     while run.life_cycle != "TERMINATED":  # the SDK asks ever more rarely
@@ -155,7 +184,37 @@ def test_the_job_package_runs_an_entry_point_and_moves_the_endpoint(
     assert client.get_model_version_by_alias(name, CHAMPION).version == first
     assert reason in client.get_model_version(name, "2").tags[ROLLED_BACK]
     [served] = workspace.endpoints["slm-chat"]["config"]["served_entities"]
-    assert served["entity_version"] == first
+    assert (served["entity_name"], served["entity_version"]) == (name, first)
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ({"registered": [{"name": "c.s.m-chat"}, {"name": "c.s.m-prompt"}]}, ["c.s.m-chat"]),
+        ({"jobs": [{"registered": [{"name": f"c.s.{m}"}]} for m in "ab"]}, ["c.s.a", "c.s.b"]),
+        ({"entry_point": "rollback", "result": {"steps": [{"name": "c.s.m"}]}}, ["c.s.m"]),
+        ({"entry_point": "plan", "result": {"steps": [{"step": "fetch"}]}}, []),
+    ],
+    ids=["main", "several", "rollback", "none"],
+)
+def test_the_endpoint_follows_the_one_model_that_was_registered(
+    said: dict[str, Any], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(driver, "variables", lambda _: {"SLM_VENV": sys.prefix})
+
+    def call(command: list[str], _: dict[str, str]) -> None:
+        summary = Path(command[-1].removeprefix("summary="))
+        told = {"entry_point": "main", "registered": [], "jobs": [], "result": None, **said}
+        summary.write_text(json.dumps(told))
+
+    monkeypatch.setattr(driver, "call", call)
+    driver.run(ROOT, "main", [])
+    if len(names) == 1:
+        assert registered() == names[0]
+    else:
+        with pytest.raises(RuntimeError, match=", ".join(names) or "no model"):
+            registered()
 
 
 @pytest.mark.skipif("SLM_WHOLE" not in os.environ, reason="minutes: make test-databricks")

@@ -18,6 +18,7 @@ from slm.evaluation.data import read_texts
 from slm.running.chain import kept
 from slm.running.run import Ask
 from slm.running.work import NotKept
+from slm.sources.resolve import resolve
 from tests.checkpoints import write_tiny_gguf
 from tests.conftest import Project, composed, tracking
 from tests.test_adapter import told, write_adapter
@@ -288,6 +289,7 @@ def test_a_gguf_at_the_hub_is_chosen_by_its_path(at_hub: Project, hub: Hub, tmp_
     assert fetched.source == f"hf://acme/tiny@{COMMIT}/q4/b.gguf"
     assert (Path(fetched.uri) / "chat_template.jinja").read_text() == "{{ 1 }}"
     assert not [path for _, path, _ in hub.requests if path.endswith("a.gguf")]
+    assert resolve(fetched.source, composed().model).weights_gb() == len(content) / 1e9  # for plan
 
 
 def test_an_adapter_at_the_hub_is_merged_into_the_base_that_it_names(

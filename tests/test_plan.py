@@ -8,9 +8,11 @@ import pytest
 
 from slm.config import Config
 from slm.errors import InfrastructureError, InputError
-from slm.planning import Plan, costing, places_of, plan, require_room
+from slm.planning import Plan, costing, places_of, plan, require_room, size_of
+from slm.planning import ask as asked
+from slm.running.chain import PIPELINE
 from slm.running.command import split_overrides
-from slm.running.costs import Size, cost_of
+from slm.running.costs import Cost, Size, cost_of
 from slm.running.memory import left_in_cgroups
 from slm.running.tracking import logged_model_exists
 from slm.running.work import records
@@ -60,6 +62,25 @@ def test_what_differs_runs_and_what_depends_on_it_may(
     assert next(step.why for step in steps if step.does == "runs") == why
     cost = next(step.cost for step in steps if step.does == "runs")
     assert None not in (cost.disk_gb, cost.memory_gb, cost.seconds)
+
+
+def test_what_was_made_for_another_target_runs_unless_all_targets_share_it(tmp_path: Path) -> None:
+    config = composed(f"paths.work={tmp_path}")
+    for step in ("log_transformers", "export_onnx"):
+        (tmp_path / step / "1").mkdir(parents=True)
+        of = {"model": config.model.name, "target": "cuda-fp16"}
+        record = json.dumps({"of": of, "made": 1, "made_s": 7.0, "peak_rss_mb": 9.0})
+        (tmp_path / step / "1" / "result.json").write_text(record)
+    found = {
+        link.step: (asked(link, config, {}), costing(link.step, config, None, places_of(config)))
+        for link in PIPELINE
+        if link.step in ("log_transformers", "export_onnx")
+    }
+    never = f"never made of {config.model.name} for {config.target.name}"
+    assert found["export_onnx"][0] == ("runs", never)
+    assert found["export_onnx"][1] == (Cost(), "")
+    assert found["log_transformers"][0] == ("may run", "if fetch ends otherwise")
+    assert found["log_transformers"][1] == (Cost(memory_gb=0.009, seconds=7.0), "as last time")
 
 
 @pytest.mark.parametrize("ask", [plan, main])
@@ -114,6 +135,57 @@ def test_an_export_is_expected_to_take_what_one_of_its_size_took(
     """The shapes in docs/benchmarks.md, within a quarter."""
     cost = cost_of("export_onnx", Size(weights, 2 * weights), composed())
     assert (cost.seconds, cost.memory_gb) == pytest.approx((seconds, memory_gb), rel=0.25)
+
+
+def file_of(folder: Path, name: str, mb: float, config: str = "") -> Path:
+    """A file of zeros in a folder, and its config.json."""
+    (folder / name).write_bytes(bytes(int(mb * 1e6)))
+    if config:
+        (folder / "config.json").write_text(config)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        ('{"dtype": "float32"}', 1e-3),
+        ('{"text_config": {"torch_dtype": "float32"}}', 1e-3),
+        ('{"torch_dtype": "bfloat16"}', 2e-3),
+        ("{}", 2e-3),
+    ],
+)
+def test_weights_are_counted_before_they_are_brought_by_the_type_in_the_configuration(
+    config: str, weights: float, tmp_path: Path
+) -> None:
+    file_of(tmp_path, "model.safetensors", 4, config)
+    own = composed("model.name=mine", f"model.source={tmp_path}")
+    assert size_of(own, None) == Size(weights, 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("m-Q8_0.gguf", 8e-3), ("m.q4_k_m.gguf", 8e-3), ("m.gguf", None)]
+)
+def test_weights_of_a_gguf_are_counted_by_its_size_and_the_type_in_its_name(
+    name: str, weights: float | None, tmp_path: Path
+) -> None:
+    path = file_of(tmp_path, name, 8.5 if "8" in name else 4.9)
+    for source in (tmp_path, path):  # the one GGUF of a folder needs no name
+        size = size_of(composed("model.name=mine", f"model.source={source}"), None)
+        if weights is None:
+            assert size is None
+        else:
+            assert size is not None and size.gguf_gb == path.stat().st_size / 1e9
+            assert (size.weights, size.checkpoint_gb) == pytest.approx((weights, 4 * weights))
+
+
+def test_of_a_gguf_at_the_hub_the_cache_holds_the_file_and_the_checkpoint_is_no_link(
+    tmp_path: Path,
+) -> None:
+    at_hub = f"model.source=hf://acme/m@{'0' * 40}/m-Q8_0.gguf"
+    config = composed(f"paths.work={tmp_path}", "model.name=mine", at_hub, "model.parameters=8e9")
+    places = {"disk_gb": tmp_path, "cache_gb": tmp_path}
+    cost, _ = costing("fetch", config, size_of(config, None), places)
+    assert (cost.disk_gb, cost.cache_gb) == (32, 8.5)
 
 
 GB = 10**9

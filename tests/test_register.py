@@ -6,8 +6,11 @@ import pytest
 
 from slm.config.packaging import Register
 from slm.errors import InputError, StepError
-from slm.registry.names import ANSWERED, SUCCEEDS, name_of
-from tests.conftest import Generations, composed
+from slm.records import Evaluation, Registration
+from slm.registry.names import ANSWERED, ROLLED_BACK, SUCCEEDS, name_of
+from slm.registry.promotion import settle
+from steps.register import changed, registration
+from tests.conftest import Generations, Project, composed, tracking
 from tests.registry_state import (
     CHAT,
     CHECKPOINT,
@@ -74,6 +77,56 @@ def test_a_slower_or_worse_one_does_not_replace_the_champion(
     assert reason.startswith(metric) and words in reason
     assert not registration.promoted and registration.uri == f"models:/{CHAT}/3"
     assert aliases(registry) == {"champion": "1", "challenger": "3"}
+
+
+def test_a_challenger_is_not_registered_again_while_the_same_keeps_it_from_champion(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, file = project.client, project.folder / "evaluation.json"
+    client.create_registered_model("m")
+    for _ in range(3):
+        client.create_model_version("m", "/nowhere")
+    client.set_registered_model_alias("m", "champion", "1")
+    evaluation = Evaluation(
+        *("", ["models:/m-2"], "models:/m-1", "models:/m/1", "passed", [], []),
+        *({"size_mb": 9.0}, {}, {"size_mb": 1.0}, [], "one machine"),
+    )
+    file.write_text(json.dumps({"outcome": evaluation.json()}))
+
+    def settled(evaluation: Evaluation, settings: Register, *_: object) -> Registration:
+        with tracking(project):
+            lead = client.get_model_version("m", "2")
+            reasons = settle(client, [lead], evaluation, settings.margins)
+            return registration(client, [lead], "passed", reasons)
+
+    monkeypatch.setattr("steps.register.register", settled)
+
+    def reused() -> str:
+        made = project.call("register", f"source={file}")
+        assert made.reasons and not made.promoted
+        return project.runs("register")[0].data.tags["reused"]
+
+    def why(registration: Registration) -> str:
+        with tracking(project):
+            return changed(registration, evaluation, margins)
+
+    assert (reused(), reused()) == ("false", "true")
+    margins = composed().register.margins
+    before = settled(evaluation, composed().register)
+    client.set_model_version_tag("m", "2", ROLLED_BACK, "slow")
+    assert why(before).startswith("it was rolled back: slow")
+    after = settled(evaluation, composed().register)
+    assert why(after) == ""
+    client.delete_model_version_tag("m", "2", ROLLED_BACK)
+    assert "size_mb is 9, above 1.1" in why(after) and why(before) == ""
+    client.set_registered_model_alias("m", "champion", "3")
+    assert why(before).startswith("version 3 became champion since")
+    client.set_registered_model_alias("m", "champion", "2")
+    assert why(before) == "version 2 is champion by now"
+    client.delete_registered_model_alias("m", "champion")
+    assert why(before) == "nothing keeps version 2 from becoming champion"
+    client.delete_registered_model_alias("m", "challenger")
+    assert why(before) == "alias challenger of m was moved"
 
 
 def test_a_superseded_version_does_not_take_the_champion_back(registry: Generations) -> None:

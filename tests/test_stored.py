@@ -127,6 +127,7 @@ def test_a_gguf_of_a_bucket_is_chosen_by_its_path(at_bucket: Bucket, tmp_path: P
     with pytest.raises(InputError, match=rf"2 GGUF files: .* model\.source={uri}/a\.gguf"):
         source_of(uri)
     assert source_of(f"{uri}/b.gguf").names() == ["b.gguf"]
+    assert source_of(f"{uri}/b.gguf").weights_gb() == 4 / 1e9
 
 
 def test_a_bucket_without_permission_is_one_clear_line(

@@ -119,6 +119,8 @@ def test_a_command_that_fails_exits_so_and_leaves_a_summary(
         ["--overrides", '["model=phi-9", "summary={}"]'],
         ["--model", "phi-9", "--json", "{}"],
         ["--model=phi-9", "--json={}"],
+        ["--overrides", "[evaluate=smoke]", "--json", "{}"],
+        ["--overrides", '["evaluate=smoke", 1]', "--json", "{}"],
         ["--colour", "red", "--overrides", "model.name=a summary='{}'"],
     ],
 )

@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ import pytest
 from slm.digests import digest_files
 from slm.errors import UnreachableError, words_for
 from slm.running.run import run_step
-from slm.running.tracking import absolute_uri, mlflow_run, settle_tracking
+from slm.running.tracking import absolute_uri, calling_folder, mlflow_run, settle_tracking
 from slm.running.work import NotKept, code_digests, keep
 from tests.conftest import Project, composed, tracking
+
+GONE = "models:/m-1 is gone"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Writer:
                 key={"text": self.text},
                 module=__name__,
                 make=self.work,
-                still_there=lambda _: there,
+                stale=lambda _: "" if there else GONE,
             )
 
 
@@ -92,7 +95,7 @@ def reason(work: Path, key: dict[str, Any], again: bool = False, there: bool = T
 
     asked = partial(keep, "letter", str(work), Letter, key=key, module="slm.digests", make=make)
     try:
-        asked(only_kept=True, again=again, still_there=lambda _: there)
+        asked(only_kept=True, again=again, stale=lambda _: "" if there else GONE)
     except NotKept as why:
         asked()
         return str(why)
@@ -114,7 +117,7 @@ def test_the_reason_is_what_differs_from_the_nearest_outcome(tmp_path: Path) -> 
 def test_the_reason_may_be_what_became_of_the_outcome(tmp_path: Path) -> None:
     reason(tmp_path, {})
     assert reason(tmp_path, {}, again=True) == "asked for again"
-    assert reason(tmp_path, {}, there=False).startswith("what it ended with is no longer there")
+    assert reason(tmp_path, {}, there=False) == GONE
     [text] = tmp_path.glob("letter/*/text")
     text.write_text("tampered")
     assert reason(tmp_path, {}) == f"{text.parent} changed since it was made"
@@ -208,11 +211,31 @@ def test_a_relative_store_is_where_mlflow_run_was_called(
     with subprocess.Popen(["sleep", "60"], cwd=tmp_path) as mlflow_run:
         monkeypatch.setattr("psutil.Process.parents", lambda _: [psutil.Process(mlflow_run.pid)])
         outside = absolute_uri("sqlite:///mlflow.db")
+        calling_folder.cache_clear()  # as another process
         monkeypatch.setenv("MLFLOW_RUN_ID", "1")
         inside = absolute_uri("sqlite:///mlflow.db")
+        monkeypatch.delenv("MLFLOW_RUN_ID")  # as MLflow does when the first job starts its run
+        later = absolute_uri("sqlite:///mlflow.db")
         mlflow_run.kill()
     assert outside == f"sqlite:///{Path.cwd()}/mlflow.db"
-    assert inside == f"sqlite:///{tmp_path}/mlflow.db"
+    assert inside == later == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_who_has_a_run_open_waits_for_the_server(
+    opened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the second job of a --multirun has, whose run is in no variable."""
+    patience: list[str | None] = []
+    retries = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    monkeypatch.setattr(
+        mlflow, "search_experiments", lambda **_: patience.append(os.environ.get(retries))
+    )
+    monkeypatch.setattr(mlflow, "active_run", lambda: object() if opened else None)
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "http://127.0.0.1:9")
+    monkeypatch.setattr(mlflow, "set_tracking_uri", lambda _: None)
+    settle_tracking()
+    assert patience == [None if opened else "0"]
 
 
 def test_a_store_that_is_no_path_stays_as_it_is() -> None:

@@ -3,8 +3,9 @@
     run.py /Workspace/…/files main model=smollm2-135m-instruct overrides="evaluate=full"
 
 The project gets an environment of its own on the cluster's disk, or takes the one at SLM_VENV. A
-run that fails is a RuntimeError. Databricks executes this file in a REPL: there is no __file__, the
-working directory is anywhere, and what a child prints is lost unless it is passed on.
+run that fails is a RuntimeError. A file on that disk names the registered model for serve.py, for
+Databricks has task values in notebooks alone. Databricks executes this file in a REPL: there is no
+__file__, the working directory is anywhere, and what a child prints is lost unless it is passed on.
 """
 
 import hashlib
@@ -14,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from databricks.sdk.core import Config
 
+REGISTERED = "registered"  # serve.py reads it
 CODES = {2: "bad input", 3: "the verdict is failed", 4: "infrastructure"}  # docs/unattended.md
 # Variables of the driver. The child is a client like any other, and is told who it is.
 FOREIGN = ("PYTHON", "PYSPARK", "VIRTUAL_ENV", "DATABRICKS_RUNTIME_VERSION")
@@ -27,6 +30,7 @@ def run(project: Path, entry_point: str, parameters: list[str]) -> None:
     local = Path("/local_disk0")
     disk = (local if local.exists() else Path(tempfile.gettempdir())) / "slm"
     (disk / "tmp").mkdir(parents=True, exist_ok=True)
+    (disk / REGISTERED).unlink(missing_ok=True)
     summary = Path(tempfile.mkdtemp(dir=disk / "tmp")) / "summary.json"
     environment = variables(disk)
     scripts = venv_of(project, disk, environment) / "bin"
@@ -44,6 +48,14 @@ def run(project: Path, entry_point: str, parameters: list[str]) -> None:
         code, words = said.get("exit_code", 1), said.get("error", "its output says why")
         meaning = CODES.get(code, "failed")
         raise RuntimeError(f"{entry_point}: exit code {code} ({meaning}): {words}") from error
+    (disk / REGISTERED).write_text("\n".join(registered(json.loads(summary.read_text()))))
+
+
+def registered(said: dict[str, Any]) -> list[str]:
+    """The leads of the versions that a summary says were registered, or made champion again."""
+    rollback = (said["result"] or {}).get("steps", []) if said["entry_point"] == "rollback" else []
+    made = [told["registered"] for told in (said, *said["jobs"])]
+    return list(dict.fromkeys(versions[0]["name"] for versions in (rollback, *made) if versions))
 
 
 def variables(disk: Path) -> dict[str, str]:

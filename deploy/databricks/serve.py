@@ -3,12 +3,15 @@
     python deploy/databricks/serve.py slm-chat main.slm.<model>-<target>-chat [CPU_LARGE]
 
 An endpoint serves a number, not an alias, so this runs after each promotion: as the last task of
-the job `package`. Without an endpoint's name it does nothing.
+the job `package`, where the model is "": the one that the task before registered or rolled back.
+Without an endpoint's name it does nothing.
 """
 
 import contextlib
 import sys
+import tempfile
 from datetime import timedelta
+from pathlib import Path
 
 from databricks.sdk import WorkspaceClient
 from databricks.sdk.config import Config
@@ -21,8 +24,9 @@ PATIENCE_S = 60  # with a workspace that does not answer
 WAIT = timedelta(hours=1)  # an image is built for each version
 
 
-def serve(endpoint: str, model: str, workload_type: str = "CPU") -> None:
+def serve(endpoint: str, model: str = "", workload_type: str = "CPU") -> None:
     """Make the endpoint, or move it to the champion's version, and wait until it serves that."""
+    model = model or registered()
     patient = Config(retry_timeout_seconds=PATIENCE_S, http_timeout_seconds=PATIENCE_S)
     client, (*schema, name) = WorkspaceClient(config=patient), model.split(".", 2)
     model = ".".join([*schema, name.replace(".", "_")]).lower()  # as slm/registry/names.py names it
@@ -49,6 +53,20 @@ def serve(endpoint: str, model: str, workload_type: str = "CPU") -> None:
             return
         endpoints.update_config_and_wait(endpoint, served_entities=served, timeout=WAIT)
     print(f"{endpoint} serves {model} version {version}")
+
+
+def registered() -> str:
+    """The model that run.py named on this node's disk; RuntimeError unless it is one."""
+    local = Path("/local_disk0")
+    disk = (local if local.exists() else Path(tempfile.gettempdir())) / "slm"
+    file = disk / "registered"
+    names = file.read_text().split() if file.is_file() else []
+    if len(names) != 1:
+        raise RuntimeError(
+            f"the task before registered {', '.join(names) or 'no model on this node'}, and an "
+            "endpoint follows one: give serve.py the model's name, or leave out the endpoint's."
+        )
+    return names[0]
 
 
 if __name__ == "__main__" and any(sys.argv[1:2]):

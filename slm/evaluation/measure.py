@@ -26,7 +26,7 @@ from slm.digests import digest_of
 from slm.errors import KilledError, UserError, error_of, one_line
 from slm.evaluation.worker import Found, Prompt, Request
 from slm.records import LoggedModel, from_json
-from slm.running.tracking import store_variables
+from slm.running.tracking import note_use, store_variables
 from slm.running.work import code_digests, keep, versions
 from slm.variables import variables
 from slm_pyfunc.verify import PUBLIC_KEY
@@ -109,9 +109,10 @@ class Measuring:
             },
             module=WORKER,
             make=lambda folder: run_worker(model, self.request, folder, against),
-            still_there=lambda m: not (m.found.failures or m.found.unavailable),
+            stale=lambda m: failed_before(m.found),
             again=again,
         )
+        note_use(kept.folder)  # the next process reads it
         if kept.reused:
             log.info("read what was measured of %s before, in %s", model.name, kept.folder)
         return kept.outcome
@@ -120,6 +121,12 @@ class Measuring:
         """Load a model and no more; its `unavailable` says why this machine cannot run it."""
         with tempfile.TemporaryDirectory() as scratch:
             return run_worker(model, self.request, Path(scratch), only_load=True).found
+
+
+def failed_before(found: Found) -> str:
+    """What of a model was not measured, in words, "" for nothing: it may succeed by now."""
+    parts = ", ".join(found.failures) or found.unavailable
+    return f"it was not measured whole: {parts}" if parts else ""
 
 
 def measure_all(

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from slm.registry.names import CONTENT, EVALUATED_WITH, SHA256
-from slm.running.killed import search
+from slm.running.killed import children_of, search
 from slm.running.tracking import stores_exist
 from slm.running.work import records
 
@@ -47,12 +47,16 @@ def words_of(version: ModelVersion) -> set[str]:
 
 
 def of_live_runs() -> set[str]:
-    """The keys of the folders that runs use which have not ended, and those of their children."""
+    """The keys of the folders that runs use which have not ended, and those of all runs below."""
     if not stores_exist():
         return set()
     since = int((time.time() - RUNNING_DAYS * 86400) * 1000)
     running = f"attributes.status = 'RUNNING' and attributes.start_time > {since}"
-    runs = search(running)
-    for run in list(runs):
-        runs += search(f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
-    return {key for run in runs for key in KEY.findall(f"{run.data.tags} {run.data.params}")}
+    waiting, runs = search(running), {}
+    while waiting:
+        run = waiting.pop()
+        if run.info.run_id not in runs:
+            runs[run.info.run_id] = run
+            waiting += children_of(run)
+    told = (f"{run.data.tags} {run.data.params}" for run in runs.values())
+    return {key for text in told for key in KEY.findall(text)}

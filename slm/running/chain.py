@@ -69,6 +69,9 @@ PIPELINE = (
 )
 
 
+SHARED = ("fetch", "log_transformers")  # the same for all targets
+
+
 def pipeline(config: Config) -> list[Link]:
     """The chain of this run: with an export for each target that its model is to serve."""
     further = config.log_pyfunc.targets[1:]

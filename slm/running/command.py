@@ -285,13 +285,21 @@ def told_summary(argv: list[str]) -> str | None:
 def split_overrides(text: str) -> list[str]:
     """The overrides in one string: a JSON list, or words with spaces between.
 
+    HydraException if a list is no JSON, or holds anything but texts; if a quote is not closed.
     Spaces inside quotes and brackets separate nothing; the quotes stay, for Hydra's own grammar.
 
     >>> split_overrides("a=1 b='x y' c=[1, 2]")
     ['a=1', "b='x y'", 'c=[1, 2]']
     """
     if text.startswith("["):  # no override begins so
-        return json.loads(text)
+        with contextlib.suppress(ValueError):
+            given = json.loads(text)
+            if all(isinstance(word, str) for word in given):
+                return given
+        raise HydraException(
+            f"overrides={text} begins with [ and is no list of texts in JSON; give key=value words "
+            'with spaces between, or ["key=value", …]'
+        )
     words: list[str] = [""]
     quote, depth, escaped = "", 0, False
     for character in text:

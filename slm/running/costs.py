@@ -20,10 +20,14 @@ LIBRARIES_GB = 0.6  # what a process holds that imported torch, transformers and
 
 @dataclass(frozen=True)
 class Size:
-    """A model's weights, in 10^9, and its checkpoint's size in GB (10^9 bytes)."""
+    """A model's weights, in 10^9, and its checkpoint's size in GB (10^9 bytes).
+
+    `gguf_gb` is that of the GGUF file which the checkpoint is dequantized from, 0 if it is not.
+    """
 
     weights: float
     checkpoint_gb: float
+    gguf_gb: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,11 @@ def fetching(source: str, size: Size, merges: bool) -> Cost:
     lies in its cache too.
     """
     checkpoint = size.checkpoint_gb
-    cached = checkpoint if source.startswith("hf://") else 0.0
+    cached = (size.gguf_gb or checkpoint) if source.startswith("hf://") else 0.0
     if merges:
         memory, seconds = LIBRARIES_GB + 1.5, 20 * size.weights
         return Cost(checkpoint, memory, seconds, cache_gb=cached, scratch_gb=checkpoint)
-    if source.endswith(".gguf"):
+    if size.gguf_gb:
         return Cost(checkpoint, LIBRARIES_GB + 2 * checkpoint, 200 * size.weights, cache_gb=cached)
     return Cost(checkpoint, LIBRARIES_GB, cache_gb=cached)
 

@@ -70,16 +70,21 @@ def search(query: str) -> list[Run]:
     return list(mlflow.search_runs(experiments, query, output_format="list"))
 
 
+def children_of(run: Run) -> list[Run]:
+    return search(f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+
+
 def end(run: Run, folder: Path) -> None:
-    """End a run and its children, unless they ended or live."""
-    client = MlflowClient()
-    children = search(f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
-    for left in [run, *(child for child in children if not lives(child, folder))]:
-        if left.info.status == "RUNNING":
-            client.set_tag(left.info.run_id, "error", KILLED)
-            client.set_terminated(left.info.run_id, "KILLED")
-            log.info("run %s (%s): %s", left.info.run_id, left.info.run_name, KILLED)
-        discard_models(left, folder.parent)
+    """End a run and all below it, unless they ended; nothing at or below a run that lives."""
+    if run.info.status == "RUNNING":
+        client = MlflowClient()
+        client.set_tag(run.info.run_id, "error", KILLED)
+        client.set_terminated(run.info.run_id, "KILLED")
+        log.info("run %s (%s): %s", run.info.run_id, run.info.run_name, KILLED)
+    discard_models(run, folder.parent)
+    for child in children_of(run):
+        if not lives(child, folder):
+            end(child, folder)
 
 
 def discard_models(run: Run, work: Path) -> None:

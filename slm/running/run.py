@@ -16,7 +16,7 @@ import mlflow
 
 from slm.config import Config
 from slm.running.summary import note_step
-from slm.running.tracking import log_parameters, mlflow_run
+from slm.running.tracking import TEXT_LIMIT, log_parameters, mlflow_run
 from slm.running.work import RESULT, Outcome, T, keep, touch, work_folder
 
 log = logging.getLogger("slm.run")
@@ -40,7 +40,7 @@ def run_step(
     *,
     key: dict[str, Any],
     make: Callable[[Path], T],
-    still_there: Callable[[T], bool] = lambda _: True,
+    stale: Callable[[T], str] = lambda _: "",
     publish: Callable[[T, bool], None] = lambda *_: None,
     module: str | None = None,
 ) -> T:
@@ -57,7 +57,7 @@ def run_step(
         key=key,
         module=module or f"steps.{name}",
         make=make,
-        still_there=still_there,
+        stale=stale,
         of={"model": config.model.name, "target": config.target.name},
         again=name in config.force,
     )
@@ -74,7 +74,7 @@ def run_step(
         seconds, result = time.monotonic() - start, kept.outcome
         how = "reused" if kept.reused else "done"
         log.info("%s: %s in %.1f s: %s", name, how, seconds, result.uri)
-        why = {"why": kept.why} if kept.why else {}
+        why = {"why": kept.why[:TEXT_LIMIT]} if kept.why else {}
         mlflow.set_tags({"reused": str(kept.reused).lower(), "key": kept.key, **why})
         mlflow.log_metrics({"duration_s": seconds, **numbers(result)})
         publish(result, kept.reused)

@@ -50,13 +50,14 @@ def settle_tracking() -> None:
         mlflow.set_registry_uri(without_password(absolute_uri(registry)))
     uris = [mlflow.get_tracking_uri(), mlflow.get_registry_uri()]
     asked = uris[0] if uris[0].startswith(("http://", "https://")) else None
-    for uri in dict.fromkeys(uris) if "MLFLOW_RUN_ID" not in os.environ else ():
+    opened = "MLFLOW_RUN_ID" in os.environ or mlflow.active_run() is not None
+    for uri in dict.fromkeys(uris) if not opened else ():
         if uri != asked:
             require_host(uri)
     if asked is None:
         return
     impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-    with environment({} if "MLFLOW_RUN_ID" in os.environ else impatient):
+    with environment({} if opened else impatient):
         try:
             mlflow.search_experiments(max_results=1)
         except MlflowException as error:
@@ -139,6 +140,7 @@ def without_password(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
+@functools.cache  # MLflow takes MLFLOW_RUN_ID out of the environment when a run starts
 def calling_folder() -> Path:
     """The working directory of the `mlflow run` that started this process, else of the process.
 
@@ -225,6 +227,12 @@ def mlflow_run(name: str, work: Path, shown: str = "") -> Iterator[mlflow.Active
         hide_secrets(run)
         yield run
         mlflow.end_run()  # after an error, entry_point ends the run with the error on it
+
+
+def note_use(folder: Path) -> None:
+    """Name a folder of the work folder on the active run: what a live run names, `clean` leaves."""
+    if mlflow.active_run() is not None:
+        mlflow.set_tag(f"uses.{folder.name}", folder.parent.name)
 
 
 def hide_secrets(run: mlflow.ActiveRun) -> None:

@@ -80,7 +80,7 @@ def keep(
     key: dict[str, Any],
     module: str,
     make: Callable[[Path], T],
-    still_there: Callable[[T], bool] = lambda _: True,
+    stale: Callable[[T], str] = lambda _: "",
     of: dict[str, str] | None = None,
     again: bool = False,
     only_kept: bool = False,
@@ -89,9 +89,9 @@ def keep(
 
     `key` names everything that shapes the outcome besides the code of `module`. An outcome is
     reused if its result.json stands, every file in the folder has the digest that it lists, it is
-    `still_there`, and it is not asked for `again`. One process at a time makes it; others wait.
-    `of` says for readers what it is an outcome of. With `only_kept`, nothing is written, and an
-    outcome that would have to be made is NotKept.
+    not asked for `again`, and not `stale`, which says in words what makes it so, "" for nothing.
+    One process at a time makes it; others wait. `of` says for readers what it is an outcome of.
+    With `only_kept`, nothing is written, and an outcome that would have to be made is NotKept.
     """
     code = code_digests(module)
     digest = digest_of({"kind": kind, "key": key, "code": code})
@@ -104,8 +104,8 @@ def keep(
         if not (folder / RESULT).is_file():
             raise NotKept(difference(folder.parent, parts, of))
         result = read_result(folder, outcome)
-        if not still_there(result):
-            raise NotKept("what it ended with is no longer there, or was not whole")
+        if why := stale(result):
+            raise NotKept(why)
         return Kept(result, folder, digest[:16])
 
     if only_kept:

@@ -9,7 +9,7 @@ from slm.config.model import Model
 from slm.digests import LOCAL_FOLDER, digest_file, digest_of
 from slm.errors import InputError
 from slm.sources.gguf import template_beside
-from slm.sources.verify import is_weights, key_of, taken_names
+from slm.sources.verify import holds_weights, key_of, taken_names
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class Folder:
         return None
 
     def weights_gb(self) -> float | None:
-        sizes = [(Path(self.path) / name).stat().st_size for name in filter(is_weights, self.taken)]
+        sizes = [
+            (Path(self.path) / name).stat().st_size for name in filter(holds_weights, self.taken)
+        ]
         return sum(sizes) / 1e9 if sizes else None
 
     def take(self, names: list[str], folder: Path) -> Path:

@@ -19,7 +19,7 @@ from slm.sources.verify import (
     WANTED,
     WHOLE,
     digest_in_cache,
-    is_weights,
+    holds_weights,
     read_json,
     require_digest,
     taken_names,
@@ -109,7 +109,7 @@ class Hub:
     def weights_gb(self) -> float | None:
         try:
             sizes = {file.rfilename: file.size or 0 for file in self.files()}
-            return sum(sizes[name] for name in filter(is_weights, self.names())) / 1e9 or None
+            return sum(sizes[name] for name in filter(holds_weights, self.names())) / 1e9 or None
         except UserError:
             return None
 

@@ -48,7 +48,7 @@ class Source(Protocol):
         """The licence that the source states beside its files; None if it states none."""
 
     def weights_gb(self) -> float | None:
-        """Size of its safetensors, in GB, without bringing them; None if it cannot be known."""
+        """Size of its safetensors or GGUF, in GB, before it is brought; None if it is not known."""
 
     def take(self, names: list[str], folder: Path) -> Path:
         """Bring some of its files; return where they lie: in `folder`, in a cache, or as they are.

@@ -10,7 +10,7 @@ from slm.errors import InputError
 from slm.sources import mlflow_uri, remote
 from slm.sources.artifacts import Listed
 from slm.sources.gguf import template_beside
-from slm.sources.verify import is_weights, key_of, taken_names
+from slm.sources.verify import holds_weights, key_of, taken_names
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Stored:
         return None
 
     def weights_gb(self) -> float | None:
-        return sum(f.size for name, f in self.files.items() if is_weights(name)) / 1e9 or None
+        return sum(f.size for name, f in self.files.items() if holds_weights(name)) / 1e9 or None
 
     def take(self, names: list[str], folder: Path) -> Path:
         for name in names:

@@ -220,6 +220,11 @@ def is_weights(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
+def holds_weights(name: str) -> bool:
+    """Whether a file that is taken of a source is of weights: those of a GGUF too."""
+    return is_weights(name) or name.endswith(".gguf")
+
+
 def leave_code_behind(checkpoint: Path) -> None:
     """Drop references to Python files, which MLflow's transformers flavor may trust."""
     for path in checkpoint.glob("*config.json"):
