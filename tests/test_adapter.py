@@ -21,7 +21,7 @@ from slm.records import Checkpoint
 from slm.sources.adapter import sources_of
 from slm_pyfunc.parameters import Parameters
 from steps.fetch import fetch
-from tests.checkpoints import write_tiny
+from tests.checkpoints import write_tiny, write_tiny_gguf
 from tests.conftest import composed
 
 LINEARS = ["q_proj", "v_proj", "down_proj"]
@@ -147,6 +147,29 @@ def test_the_tokenizer_that_an_adapter_was_trained_with_replaces_its_bases(
     (base / "chat_template.jinja").unlink()
     found = Path(merged(tmp_path, adapter, base).uri) / "chat_template.jinja"
     assert found.read_text() == "{{ messages[0].content }}</s>"
+
+
+@pytest.mark.parametrize("own", ["{{ messages[0].content }}", ""])
+def test_the_tokenizer_of_an_adapter_replaces_that_of_a_gguf(tmp_path: Path, own: str) -> None:
+    gguf = write_tiny_gguf(tmp_path / "base.gguf", own or "{{ 1 }}")
+    (tmp_path / "base").mkdir()
+    base = fetched(tmp_path / "base", gguf)
+    adapter = write_adapter(tmp_path / "adapter", base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, adapter / name)
+    (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}<|im_end|>")
+    tokenizer_config = json.loads((adapter / "tokenizer_config.json").read_text())
+    tokenizer_config |= {"pad_token": "<|im_start|>", "auto_map": {"AutoTokenizer": "evil.Evil"}}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    found = Path(merged(tmp_path, adapter, write_tiny_gguf(tmp_path / "base.gguf", own)).uri)
+    assert (found / "chat_template.jinja").read_text().endswith("<|im_end|>")
+    read = json.loads((found / "tokenizer_config.json").read_text())
+    assert read["pad_token"] == "<|im_start|>" and "auto_map" not in read
+
+
+def fetched(tmp_path: Path, source: Path) -> Path:
+    model = Model(name="m", source=str(source))
+    return Path(fetch(model, sources_of(model)[1], tmp_path, Fetch()).uri)
 
 
 def told(adapter: Path, **changes: Any) -> None:
