@@ -323,6 +323,14 @@ def test_embeddings_that_training_resized_make_a_larger_vocabulary(
     assert not [n for n, w in weights_of(found).items() if n in whole and not w.equal(whole[n])]
 
 
+def test_an_adapter_that_is_written_to_meanwhile_is_refused(lettered: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", lettered)
+    model, base, found = sources_of(Model(name="m", source=None, adapter=str(adapter)))
+    told(adapter, lora_alpha=99)
+    with pytest.raises(InputError, match=r"adapter_config\.json changed meanwhile"):
+        fetch(model, base, tmp_path, Fetch(), found)
+
+
 def test_an_adapter_given_as_the_source_says_so(lettered: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", lettered)
     words = rf"{adapter} is an adapter, not a checkpoint: write model\.adapter={adapter}, and its b"

@@ -195,6 +195,24 @@ def test_the_same_weights_from_another_folder_are_reused_or_come_out_the_same(
     assert recorded == again and str(tmp_path) not in recorded
 
 
+def test_a_folder_that_is_written_to_meanwhile_is_refused(lettered: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(lettered, tmp_path / "written"))
+    model = Model(name="m", source=str(folder))
+    source = source_of(model)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    with pytest.raises(InputError, match=r"generation_config\.json changed meanwhile\. Run"):
+        fetch(model, source, tmp_path, Fetch())
+
+
+def test_a_gguf_that_is_written_to_meanwhile_is_refused(tmp_path: Path) -> None:
+    gguf = write_tiny_gguf(tmp_path / "model.gguf", "{{ 1 }}")
+    model = Model(name="m", source=str(gguf))
+    source = source_of(model)
+    write_tiny_gguf(gguf, "{{ 2 }}")
+    with pytest.raises(InputError, match=r"model\.gguf changed meanwhile"):
+        fetch(model, source, tmp_path, Fetch())
+
+
 def read_provenance_of(fetched: Checkpoint) -> str:
     return (Path(fetched.uri) / "provenance.json").read_text()
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from slm.config.model import Model
+from slm.config.model import Fetch, Model
 from slm.errors import InputError, UnreachableError
 from slm.sources.resolve import Source, resolve
 from slm.sources.web import Web
+from steps.fetch import fetch
 from tests.conftest import Project
 
 NAMES = ("name=m", "licence=null", "architecture=null", "context_length=null")
@@ -117,6 +118,20 @@ def test_one_byte_in_a_bucket_makes_another_source(
     (changed / "model.safetensors").write_bytes(content)
     at_bucket.put(changed, "changing")
     assert source_of(uri).identity != before
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])  # of the same size, and of another
+def test_a_bucket_that_is_written_to_meanwhile_is_refused(
+    at_bucket: Bucket, lettered: Path, tmp_path: Path, activation: str
+) -> None:
+    changed = Path(shutil.copytree(lettered, tmp_path / "changed"))
+    model = Model(name="m", source=at_bucket.put(changed, "written"))
+    source = source_of(str(model.source))
+    config = (changed / "config.json").read_text()
+    (changed / "config.json").write_text(config.replace('"silu"', f'"{activation}"'))
+    at_bucket.put(changed, "written")
+    with pytest.raises(InputError, match=r"s3://models/written: config\.json changed meanwhile"):
+        fetch(model, source, tmp_path, Fetch())
 
 
 def test_a_gguf_of_a_bucket_is_chosen_by_its_path(at_bucket: Bucket, tmp_path: Path) -> None:

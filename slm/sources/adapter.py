@@ -156,9 +156,10 @@ def take_adapter(adapter: Source, model: Model, base: Source, folder: Path) -> P
     require_base(config, base.pinned, where)
     place = adapter.take([ADAPTER_WEIGHTS], folder)
     for name in names:
-        require_digest(place / name, model.sha256.get(name))
         if place != folder:
             shutil.copyfile(place / name, folder / name)
+        require_digest(folder / name, model.sha256.get(name))
+    adapter.require_unchanged(names)
     return folder
 
 

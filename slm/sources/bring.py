@@ -42,6 +42,7 @@ def bring(
     folder = source.take(weights, checkpoint)
     digests |= digests_of(folder, weights, source)
     place_weights(folder, names, model, checkpoint)
+    source.require_unchanged(names)
     return Declared(licence, content=digest_of(digests))
 
 
@@ -67,6 +68,7 @@ def bring_gguf(
             lambda stated: permit(stated or licence),
             may_lack_template=beside is not None,
         )
+    source.require_unchanged(names)
     if beside:
         lay_over(beside, checkpoint)
         leave_code_behind(checkpoint)

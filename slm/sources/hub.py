@@ -131,6 +131,9 @@ class Hub:
             require_digest(cached / name, digests.get(name))
         return cached
 
+    def require_unchanged(self, names: list[str]) -> None:
+        """A commit does not change."""
+
     def download(self, names: list[str]) -> Path:
         """Bring files into the cache; return the commit's folder there."""
         from huggingface_hub import snapshot_download

@@ -63,6 +63,9 @@ class Package:
         wheel.unlink()
         return folder
 
+    def require_unchanged(self, names: list[str]) -> None:
+        """A version does not change."""
+
 
 def download(requirement: str, folder: Path) -> Path:
     """Download the wheel of a pinned requirement, without what it depends on."""

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -154,6 +154,12 @@ def require_inside(name: str, where: str) -> None:
         raise InputError(f"{where} names {name}, which lies outside its folder. Do not use it.")
 
 
+def require_same(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> None:
+    """Raise if what tells a file's content is another than it was when the source was pinned."""
+    if changed := sorted(name for name, mark in before.items() if after.get(name) != mark):
+        raise InputError(f"{where}: {', '.join(changed)} changed meanwhile. Run it again.")
+
+
 def require_digest(path: Path, expected: str | None) -> None:
     """Raise if a file has another SHA-256 than expected."""
     if expected and (found := digest_file(path)) != expected:
@@ -201,9 +207,9 @@ def place_weights(folder: Path, names: list[str], model: Model, checkpoint: Path
 
 def place_files(folder: Path, names: list[str], model: Model, checkpoint: Path) -> None:
     for name in names:
-        require_digest(folder / name, model.sha256.get(name))
         if folder != checkpoint:
             place(folder / name, checkpoint / name)
+        require_digest(checkpoint / name, model.sha256.get(name))
 
 
 def lay_over(adapter: Path, checkpoint: Path) -> None:
