@@ -21,7 +21,10 @@ SECRET_VARIABLE = re.compile(
     "|(?<!PUBLIC)(^|_|API|ACCESS)KEY(_|$)",
     re.IGNORECASE,
 )
-USER_INFO = re.compile(r"""(?<=://)[^/\s'"<>]*@""")
+# Azure names a container before the @: abfss://container@account.dfs.core.windows.net/folder.
+USER_INFO = re.compile(
+    r"""(?<=://)(?<!abfss://)(?<!abfs://)[^/\s'"<>]*@|(?<=://)[^/\s'"<>:]*:[^/\s'"<>]*@"""
+)
 PASSWORD = re.compile(r"""://[^/\s:@]*:([^/\s]+)@""")
 QUERY = re.compile(
     r"(?<=[?&;])((?:x-amz-|x-goog-)?(?:signature|credential|security-token)|sig|token|access_?token"
