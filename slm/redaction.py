@@ -21,9 +21,9 @@ SECRET_VARIABLE = re.compile(
     "|(?<!PUBLIC)(^|_|API|ACCESS)KEY(_|$)",
     re.IGNORECASE,
 )
-# Azure names a container before the @: abfss://container@account.dfs.core.windows.net/folder.
+# What stands before the @ is a container in Azure's URIs, unless a password follows it.
 USER_INFO = re.compile(
-    r"""(?<=://)(?<!abfss://)(?<!abfs://)[^/\s'"<>]*@|(?<=://)[^/\s'"<>:]*:[^/\s'"<>]*@"""
+    r"""(?P<container>(?:abfss?|wasbs?)://[^/\s:@'"<>]+@)|(?<=://)[^/\s'"<>]*@"""
 )
 PASSWORD = re.compile(r"""://[^/\s:@]*:([^/\s]+)@""")
 QUERY = re.compile(
@@ -38,7 +38,7 @@ def redacted(text: str) -> str:
     """A text without the secrets in it; a URI stays whole but for its user and password."""
     for value in secret_values():
         text = text.replace(value, HIDDEN)
-    text = USER_INFO.sub("", text)
+    text = USER_INFO.sub(r"\g<container>", text)
     text = QUERY.sub(rf"\1={HIDDEN}", text)
     return HEADER.sub(rf"\1{HIDDEN}", text)
 
