@@ -18,7 +18,7 @@ import pytest
 from slm.config.model import Fetch, Model
 from slm.errors import InputError, UnreachableError
 from slm.sources.resolve import Source, resolve
-from slm.sources.web import Web
+from slm.sources.web import Web, listed_in
 from steps.fetch import fetch
 from tests.conftest import Project
 
@@ -337,6 +337,28 @@ def test_an_index_that_names_a_path_outside_the_folder_is_refused(pages: tuple[s
         InputError, match=r"names \.\./\.\./secret\.safetensors, which lies outside"
     ):
         source_of(pages[0])
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": null}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_on_a_web_server_is_one_clear_line(
+    pages: tuple[str, Path], index: str
+) -> None:
+    path = pages[1] / "model.safetensors.index.json"
+    path.write_text(index)
+    SERVED.listed = False
+    assert "model.safetensors" in source_of(pages[0]).names()  # whole weights need no index
+    (pages[1] / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json is (not|damaged)"):
+        source_of(pages[0])
+
+
+def test_json_that_lists_no_files_is_no_listing() -> None:
+    nginx = '[{"name": "a", "type": "directory"}, {"name": "b.json", "type": "file", "size": 1}]'
+    assert listed_in(nginx, "x") == ["b.json"]
+    for odd in ("{", "{}", "3", "null", '["a"]', '[{"path": "a"}]', '[{"name": 3}]', '{"a": 1}'):
+        assert listed_in(odd, "x") == []
+    with pytest.raises(InputError, match=r"names \.\./a, which lies outside"):
+        listed_in('[{"name": "../a"}]', "x")
 
 
 def test_links_out_of_the_folder_are_not_followed(pages: tuple[str, Path]) -> None:

@@ -23,6 +23,7 @@ from slm.sources.verify import (
     is_weights,
     read_json,
     require_digest,
+    shards_in,
     taken_names,
 )
 
@@ -199,7 +200,7 @@ class Hub:
         index = folder / INDEX
         weights = {WHOLE}
         if index.is_file() and not (folder / WHOLE).is_file():
-            weights = set(read_json(index).get("weight_map", {}).values())
+            weights = set(shards_in(read_json(index), self.uri))
         needed = {"config.json", *weights}
         return folder if all((folder / name).is_file() for name in needed) else None
 

@@ -307,12 +307,37 @@ def architecture_of(config: dict[str, Any]) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object out of a file of the checkpoint."""
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        return parse_json(path.read_text(), path.name)
+    except UnicodeDecodeError as error:
         raise InputError(f"{path.name} is not JSON: {error}.") from error
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """The JSON object in a text; InputError with its file's name if there is none."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{name} is not JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path.name} is not a JSON object.")
+        raise InputError(f"{name} is not a JSON object.")
     return value
+
+
+def shards_in(index: dict[str, Any], where: str) -> list[str]:
+    """The files that an index of weights names.
+
+    InputError unless it names one for each weight, none of them outside its folder.
+    """
+    named = index.get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+        raise InputError(
+            f"{where}: {INDEX} is damaged: its weight_map does not name a file for each weight. "
+            "Fetch it again."
+        )
+    files = sorted(set(named.values()))
+    for file in files:
+        require_inside(file, f"{where}: {INDEX}")
+    return files
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
