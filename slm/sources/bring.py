@@ -54,8 +54,12 @@ def bring_gguf(
     permit: Permit,
     beside: Path | None,
 ) -> Declared:
-    """Bring a GGUF file, and the chat template beside it, and write them as a checkpoint."""
-    if licence := source.licence():
+    """Bring a GGUF file, and the chat template beside it, and write them as a checkpoint.
+
+    A licence that the file alone states is held against those allowed once it is there.
+    """
+    licence = source.licence()
+    if licence or model.licence:
         permit(licence)
     [gguf] = [name for name in names if name.endswith(".gguf")]
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
