@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from slm.config.model import Model
 from slm.digests import read_provenance
 from slm.errors import InputError, UnreachableError
 from slm.evaluation.data import read_texts
 from slm.running.chain import kept
 from slm.running.run import Ask
 from slm.running.work import NotKept
+from slm.sources.resolve import Source, resolve
 from tests.checkpoints import write_tiny_gguf
 from tests.conftest import Project, composed, tracking
 from tests.test_adapter import told, write_adapter
@@ -274,20 +276,32 @@ def test_without_the_hub_a_commit_that_is_not_in_the_cache_is_one_clear_line(
         at_hub.call("fetch", *TINY, PINNED)
 
 
+def pinned(licence: str | None = None) -> Source:
+    uri = f"hf://acme/tiny@{COMMIT}"
+    return resolve(uri, Model(name="tiny", source=uri, licence=licence))
+
+
+def take(source: Source, folder: Path) -> set[str]:
+    """The names of what the source holds; all of it is in the cache then."""
+    names = source.names()
+    source.take(names, folder)
+    return set(names)
+
+
 def test_what_comes_from_the_cache_has_the_licence_that_its_card_states(
     at_hub: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_hub.call("fetch", *TINY)
+    names = take(pinned(), at_hub.folder)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    again = at_hub.call("fetch", *TINY, PINNED, "model.licence=null")
-    assert again.licence == "apache-2.0"
+    source = pinned()
+    assert (take(source, at_hub.folder), source.licence()) == (names, "apache-2.0")
 
 
 @pytest.mark.parametrize("lost", ["chat_template.jinja", "README.md", "trees"])
 def test_without_the_hub_a_cache_that_lacks_a_file_or_the_listing_is_refused(
     at_hub: Project, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    at_hub.call("fetch", *TINY)
+    names = take(pinned(), at_hub.folder)
     repository = at_hub.folder / "hf" / "hub" / "models--acme--tiny"
     if lost == "trees":  # as older clients, and transformers, leave it
         shutil.rmtree(repository / lost)
@@ -297,17 +311,19 @@ def test_without_the_hub_a_cache_that_lacks_a_file_or_the_listing_is_refused(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     words = rf"cache does not hold all of it either \(`hf download acme/tiny --revision {COMMIT}`"
     with pytest.raises(UnreachableError, match=words):
-        at_hub.call("fetch", *TINY, PINNED, "model.name=again")
+        pinned().names()
+    if lost == "README.md":
+        assert take(pinned("apache-2.0"), at_hub.folder) == names
 
 
 def test_a_hub_whose_files_fail_is_away_and_the_cache_serves(at_hub: Project, hub: Hub) -> None:
     hub.broken = True
     with pytest.raises(UnreachableError, match=r"cannot be reached for hf://acme/tiny"):
-        at_hub.call("fetch", *TINY)
+        take(pinned(), at_hub.folder)
     hub.broken = False
-    at_hub.call("fetch", *TINY)
+    names = take(pinned(), at_hub.folder)
     hub.broken = True
-    assert at_hub.call("fetch", *TINY, "model.name=again").revision == COMMIT
+    assert take(pinned(), at_hub.folder) == names
 
 
 def test_a_checkpoint_that_is_not_as_expected_costs_no_download_of_weights(

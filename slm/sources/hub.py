@@ -156,7 +156,8 @@ class Hub:
         """The commit's folder in the cache, and what is taken of it; raise if any of it is missing.
 
         The listing of the commit, which huggingface_hub (2.0) keeps of a download, tells that: a
-        folder without one may lack a chat template, and nothing would show it.
+        folder without one may lack a chat template, and nothing would show it. The card is needed
+        where no licence is configured.
         """
         from huggingface_hub import get_cached_repo_tree, snapshot_download
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -164,10 +165,11 @@ class Hub:
         try:
             tree = get_cached_repo_tree(self.name, revision=self.revision)
             names = self.taken([file.path for file in tree])
+            unlicensed = self.model.licence is None or self.uri == self.model.adapter
             folder = snapshot_download(
                 self.name,
                 revision=self.revision,
-                allow_patterns=[*names, CARD],
+                allow_patterns=[*names, CARD] if unlicensed else names,
                 local_files_only=True,
             )
         except (CachedRepoTreeNotFoundError, OSError) as error:
