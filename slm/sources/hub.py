@@ -155,7 +155,7 @@ class Hub:
     def from_cache(self, unreachable: UnreachableError) -> tuple[Path, list[str]]:
         """The commit's folder in the cache, and what is taken of it; raise if any of it is missing.
 
-        The listing of the commit, which huggingface_hub (2.0) keeps of a download, tells that: a
+        The listing of the commit, which huggingface_hub (2.4) keeps of a download, tells that: a
         folder without one may lack a chat template, and nothing would show it. The card is needed
         where no licence is configured.
         """
