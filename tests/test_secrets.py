@@ -129,6 +129,11 @@ def test_no_secret_is_found_in_anything_that_commands_leave(
         ("at http://u:p@ss@host:1/a?b=c failed", "at http://host:1/a?b=c failed"),
         ("postgresql+psycopg2://u:p%40ss@host/db", "postgresql+psycopg2://host/db"),
         ("https://token@host/x and s3://a/b@c", "https://host/x and s3://a/b@c"),
+        (
+            "abfss://c@a.dfs.core/x, wasbs://c@a.blob/x",
+            "abfss://c@a.dfs.core/x, wasbs://c@a.blob/x",
+        ),
+        ("abfss://user:pass@a.dfs.core/x", "abfss://a.dfs.core/x"),
         ("https://h/x?sv=1&sig=a%2Bb&se=2", "https://h/x?sv=1&sig=***&se=2"),
         ("{'Authorization': 'Bearer abc.def'}", "{'Authorization': '***'}"),
         ("hf://org/name@main, models:/a@champion", "hf://org/name@main, models:/a@champion"),

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from slm.config.model import Model
+from slm.config.model import Fetch, Model
 from slm.errors import InputError, UnreachableError
 from slm.sources.resolve import Source, resolve
-from slm.sources.web import Web
+from slm.sources.web import Web, listed_in
+from steps.fetch import fetch
 from tests.conftest import Project
 
 NAMES = ("name=m", "licence=null", "architecture=null", "context_length=null")
@@ -117,6 +118,20 @@ def test_one_byte_in_a_bucket_makes_another_source(
     (changed / "model.safetensors").write_bytes(content)
     at_bucket.put(changed, "changing")
     assert source_of(uri).identity != before
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])  # of the same size, and of another
+def test_a_bucket_that_is_written_to_meanwhile_is_refused(
+    at_bucket: Bucket, lettered: Path, tmp_path: Path, activation: str
+) -> None:
+    changed = Path(shutil.copytree(lettered, tmp_path / "changed"))
+    model = Model(name="m", source=at_bucket.put(changed, "written"))
+    source = source_of(str(model.source))
+    config = (changed / "config.json").read_text()
+    (changed / "config.json").write_text(config.replace('"silu"', f'"{activation}"'))
+    at_bucket.put(changed, "written")
+    with pytest.raises(InputError, match=r"s3://models/written: config\.json changed meanwhile"):
+        fetch(model, source, tmp_path, Fetch())
 
 
 def test_a_gguf_of_a_bucket_is_chosen_by_its_path(at_bucket: Bucket, tmp_path: Path) -> None:
@@ -323,6 +338,28 @@ def test_an_index_that_names_a_path_outside_the_folder_is_refused(pages: tuple[s
         InputError, match=r"names \.\./\.\./secret\.safetensors, which lies outside"
     ):
         source_of(pages[0])
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": null}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_on_a_web_server_is_one_clear_line(
+    pages: tuple[str, Path], index: str
+) -> None:
+    path = pages[1] / "model.safetensors.index.json"
+    path.write_text(index)
+    SERVED.listed = False
+    assert "model.safetensors" in source_of(pages[0]).names()  # whole weights need no index
+    (pages[1] / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json is (not|damaged)"):
+        source_of(pages[0])
+
+
+def test_json_that_lists_no_files_is_no_listing() -> None:
+    nginx = '[{"name": "a", "type": "directory"}, {"name": "b.json", "type": "file", "size": 1}]'
+    assert listed_in(nginx, "x") == ["b.json"]
+    for odd in ("{", "{}", "3", "null", '["a"]', '[{"path": "a"}]', '[{"name": 3}]', '{"a": 1}'):
+        assert listed_in(odd, "x") == []
+    with pytest.raises(InputError, match=r"names \.\./a, which lies outside"):
+        listed_in('[{"name": "../a"}]', "x")
 
 
 def test_links_out_of_the_folder_are_not_followed(pages: tuple[str, Path]) -> None:

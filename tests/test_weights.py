@@ -11,7 +11,7 @@ import pytest
 
 from slm.errors import InputError
 from slm.sources.verify import wanted_names
-from slm.sources.weights import Tensor, is_finite, require_weights
+from slm.sources.weights import Tensor, is_finite, require_weights, weight_files
 
 Weights = dict[str, Any]
 EMBEDDING = "model.embed_tokens.weight"
@@ -67,6 +67,15 @@ def read_tensors_of(path: Path) -> list[str]:
 
     with safe_open(path, "np") as weights:
         return list(weights.keys())
+
+
+@pytest.mark.parametrize(
+    "index", ["{}", '{"weight_map": null}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_index_is_one_clear_line(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError, match=r"^x: model\.safetensors\.index\.json is damaged: its w"):
+        weight_files(tmp_path, "x")
 
 
 def test_a_missing_weight_one_too_many_and_a_wrong_shape_are_named(checkpoint: Path) -> None:

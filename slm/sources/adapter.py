@@ -40,6 +40,9 @@ SHARD_BYTES = 128 << 20  # twice in memory while a shard is written
 PREFIX = "base_model.model."  # of the names in an adapter's file
 NAME = "default"  # what PEFT calls the adapter
 HUB_NAME = r"[\w.-]+/[\w.-]+"
+# `init_lora_weights` that leave the base as it is. PEFT's others (0.21) alter it: PiSSA, OLoRA,
+# CorDA and LoRA-GA subtract the adapter's first product from it, LoftQ quantizes it.
+BEGINNINGS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 # Names under which a hub has the same model in four bits, for training.
 QUANTIZED_COPY = re.compile(r"(-unsloth)?-bnb-4bit$")
 
@@ -117,6 +120,17 @@ def require_base(config: dict[str, Any], pinned: str, where: str) -> None:
         )
 
 
+def require_plain_beginning(config: dict[str, Any], where: str) -> None:
+    """Raise if PEFT altered the base when training began: the adapter belongs to that one alone."""
+    began = str(config.get("init_lora_weights", True))
+    if began.lower() not in BEGINNINGS:
+        raise InputError(
+            f"{where} was begun with init_lora_weights={began}, which alters the base that it is "
+            "added to: merge it with PEFT, and give the merged folder as model.source, or save it "
+            "as LoRA (`save_pretrained` with path_initial_model_for_weight_conversion)."
+        )
+
+
 def bare(name: str) -> str:
     return QUANTIZED_COPY.sub("", name.lower().rpartition("/")[2])
 
@@ -138,12 +152,14 @@ def take_adapter(adapter: Source, model: Model, base: Source, folder: Path) -> P
             f"{where} trains single tokens (trainable_token_indices): merge it with PEFT, and give "
             "the merged folder as model.source."
         )
+    require_plain_beginning(config, where)
     require_base(config, base.pinned, where)
     place = adapter.take([ADAPTER_WEIGHTS], folder)
     for name in names:
-        require_digest(place / name, model.sha256.get(name))
         if place != folder:
             shutil.copyfile(place / name, folder / name)
+        require_digest(folder / name, model.sha256.get(name))
+    adapter.require_unchanged(names)
     return folder
 
 
@@ -206,7 +222,7 @@ class Merge:
                 if part != "base_layer":
                     child.to_empty(device="cpu")
         prefixes = tuple(f"{PREFIX}{name}." for name in self.adapted)
-        held = {key for key in self.left if key.startswith(prefixes)}
+        held = {k for k in self.left if k.startswith(prefixes) and ".base_layer." not in k}
         state = {key: self.file.get_tensor(key) for key in held}
         whole = {  # read as they are written
             f"{PREFIX}{name}.{part}": torch.empty_like(weight, device="meta")
@@ -227,6 +243,11 @@ class Merge:
             raise InputError(
                 f"{self.where} lacks {listed(sorted(missing))}, which its {ADAPTER_CONFIG} asks "
                 "for: it was not saved whole. Save it again."
+            )
+        if lost := sorted(loaded.unexpected_keys):
+            raise InputError(
+                f"{self.where} holds {listed(lost)}, which its {ADAPTER_CONFIG} has no place for: "
+                "one of the two is of another training. Save both again."
             )
 
     def numbers(self) -> set[str]:
@@ -280,10 +301,7 @@ class Merge:
             if columns != base.shape[1:] or not name.endswith(
                 ("embed_tokens.weight", "lm_head.weight")
             ):
-                raise InputError(
-                    f"{self.where}: {name} is {list(whole.shape)}, and {list(base.shape)} in its "
-                    "base: it is an adapter of another model."
-                )
+                raise self.of_another_model(name, whole, base)
             self.rows = rows
         return whole
 
@@ -296,7 +314,7 @@ class Merge:
         module = self.adapted[name]
         layer = module.get_base_layer()
         parts = sorted(part for part, _ in layer.named_parameters())
-        layer.load_state_dict({p: self.base_weight(f"{name}.{p}") for p in parts}, assign=True)
+        layer.load_state_dict({part: self.beneath(name, part) for part in parts}, assign=True)
         try:
             module.merge(adapter_names=[NAME])
         except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -305,6 +323,25 @@ class Merge:
             ) from error
         yield from [(f"{name}.{part}", getattr(layer, part).data) for part in parts]
         module.to("meta")
+
+    def beneath(self, name: str, part: str) -> Any:
+        """What an adapted module is merged into: the base's, or what the adapter holds of it whole.
+
+        Whole are the biases that it trained (`bias`), and embeddings that were saved beside it.
+        """
+        key, base = f"{PREFIX}{name}.base_layer.{part}", self.base_weight(f"{name}.{part}")
+        if key not in self.left:
+            return base
+        whole = self.trained(key, base.dtype)
+        if whole.shape != base.shape:
+            raise self.of_another_model(f"{name}.{part}", whole, base)
+        return whole
+
+    def of_another_model(self, name: str, whole: Any, base: Any) -> InputError:
+        return InputError(
+            f"{self.where}: {name} is {list(whole.shape)}, and {list(base.shape)} in its base: it "
+            "is an adapter of another model."
+        )
 
     def base_weight(self, name: str) -> Any:
         """A copy of a weight of the base: PEFT writes into it."""

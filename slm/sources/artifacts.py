@@ -7,7 +7,6 @@ checksum), so that a second run sees that nothing changed without a download.
 import os
 import sys
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ QUIET = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 @dataclass(frozen=True)
 class Listed:
-    """A file of a store: its path there, its size in bytes, and its mark."""
+    """A file of a store: its path there, its size in bytes, and its mark ("": none is known)."""
 
     path: str
     size: int
@@ -42,7 +41,7 @@ class Artifacts:
     """The files at an MLflow artifact URI; `shown` is how errors name it.
 
     `otherwise` is the mark of all files where the store says nothing of their content and yet keeps
-    them as they are: the id of a logged model, say. Without it, such files count as changed.
+    them as they are: the id of a logged model, say. Without it, such files have no mark.
     """
 
     def __init__(
@@ -63,9 +62,7 @@ class Artifacts:
             sizes = {info.path: info.file_size or 0 for info in found if not info.is_dir}
             marks = marks_of(self.repository, folder, sizes) if sizes else {}
         return {
-            PurePosixPath(path).name: Listed(
-                path, size, marks.get(path) or self.otherwise or uuid.uuid4().hex
-            )
+            PurePosixPath(path).name: Listed(path, size, marks.get(path) or self.otherwise)
             for path, size in sizes.items()
         }
 

@@ -11,6 +11,8 @@ from slm.sources.verify import (
     Declared,
     Permit,
     is_weights,
+    lay_over,
+    leave_code_behind,
     place_description,
     place_weights,
     require_known,
@@ -30,7 +32,7 @@ def bring(
     require_known([*files, *(path.name for path in beside.iterdir())] if beside else files, model)
     weights = [name for name in names if is_weights(name)]
     if not weights:
-        return bring_gguf(source, names, model, checkpoint, permit)
+        return bring_gguf(source, names, model, checkpoint, permit, beside)
     described = [name for name in names if not is_weights(name)]
     folder = source.take(described, checkpoint)
     digests = digests_of(folder, described, source)
@@ -40,22 +42,40 @@ def bring(
     folder = source.take(weights, checkpoint)
     digests |= digests_of(folder, weights, source)
     place_weights(folder, names, model, checkpoint)
+    source.require_unchanged(names)
     return Declared(licence, content=digest_of(digests))
 
 
 def bring_gguf(
-    source: Source, names: list[str], model: Model, checkpoint: Path, permit: Permit
+    source: Source,
+    names: list[str],
+    model: Model,
+    checkpoint: Path,
+    permit: Permit,
+    beside: Path | None,
 ) -> Declared:
-    """Bring a GGUF file, and the chat template beside it, and write them as a checkpoint."""
-    if licence := source.licence():
+    """Bring a GGUF file, and the chat template beside it, and write them as a checkpoint.
+
+    A licence that the file alone states is held against those allowed once it is there.
+    """
+    licence = source.licence()
+    if licence or model.licence:
         permit(licence)
     [gguf] = [name for name in names if name.endswith(".gguf")]
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
         folder = source.take(names, Path(scratch))
         digests = digests_of(folder, names, source)
         declared = dequantize(
-            folder / gguf, model, checkpoint, lambda stated: permit(stated or licence)
+            folder / gguf,
+            model,
+            checkpoint,
+            lambda stated: permit(stated or licence),
+            may_lack_template=beside is not None,
         )
+    source.require_unchanged(names)
+    if beside:
+        lay_over(beside, checkpoint)
+        leave_code_behind(checkpoint)
     return Declared(licence or declared.licence, declared.turn_end, digest_of(digests))
 
 

@@ -21,17 +21,20 @@ def template_beside(gguf: str, names: list[str]) -> list[str]:
     return [name for name in names if name == beside]
 
 
-def dequantize(gguf: Path, model: Model, checkpoint: Path, permit: Permit) -> Declared:
+def dequantize(
+    gguf: Path, model: Model, checkpoint: Path, permit: Permit, may_lack_template: bool = False
+) -> Declared:
     """Verify a GGUF file, write it as a float32 checkpoint, and return what it declares.
 
-    A chat_template.jinja beside the file takes the place of the template inside it.
+    A chat_template.jinja beside the file takes the place of the template inside it. InputError if
+    there is neither, unless it `may_lack_template`: an adapter may bring one.
     """
     require_digest(gguf, model.sha256.get(gguf.name))
     reader = read(gguf)
     fields = dict(reader.fields)
     beside = gguf.parent / TEMPLATE_FILE
     template = beside.read_text() if beside.is_file() else field(fields, "tokenizer.chat_template")
-    if not template:
+    if not template and not may_lack_template:
         raise InputError(f"{model.source}: {NO_TEMPLATE}.")
     permit(licence := field(fields, "general.license"))
     log.info("fetch: dequantizing %s to float32", gguf.name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import HTTPError  # of the HTTP client that the hub's library uses
+from yaml import YAMLError
 
 from slm.config.model import Model
 from slm.errors import InputError, UnreachableError, UserError, one_line
@@ -22,10 +23,13 @@ from slm.sources.verify import (
     holds_weights,
     read_json,
     require_digest,
+    shards_in,
     taken_names,
 )
 
 log = logging.getLogger("slm.sources")
+
+CARD = "README.md"  # states the licence
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,14 @@ class Hub:
     def names(self) -> list[str]:
         """What is taken of the repository; of what the cache holds if the hub is away."""
         try:
-            names = [file.rfilename for file in self.files()]
+            return self.taken([file.rfilename for file in self.files()])
         except UnreachableError as unreachable:
-            cached = self.cached()
-            if cached is None:
-                raise
+            _, names = self.from_cache(unreachable)
             log.info("fetch: %s; taken from the cache", unreachable)
-            names = [p.relative_to(cached).as_posix() for p in cached.rglob("*") if p.is_file()]
+            return names
+
+    def taken(self, names: list[str]) -> list[str]:
+        """What is taken of the commit's files."""
         if not self.file:
             return taken_names(names, self.uri, self.model, self.at)
         if self.file not in names:
@@ -100,11 +105,12 @@ class Hub:
         return self.info.siblings
 
     def licence(self) -> str | None:
-        """As the model's card states it; None without the hub."""
+        """As the model's card states it; without the hub, as the card in the cache does."""
         try:
             return (self.info.card_data or {}).get("license")
-        except UnreachableError:
-            return None
+        except UnreachableError as unreachable:
+            folder, _ = self.from_cache(unreachable)
+            return licence_of(folder / CARD)
 
     def weights_gb(self) -> float | None:
         try:
@@ -116,20 +122,26 @@ class Hub:
     def take(self, names: list[str], folder: Path) -> Path:
         """Bring files at the commit into the Hugging Face cache, and compare their digests.
 
-        Without the hub, a commit that is wholly in the cache is taken from there.
+        The model's card comes with them. Without the hub, a commit that is wholly in the cache is
+        taken from there.
         """
         try:
             digests = {file.rfilename: file.lfs.sha256 for file in self.files() if file.lfs}
-            cached = self.download(names)
-        except UnreachableError:
-            found = self.cached()
-            if found is None:
-                raise
-            cached = found
+            cached = self.download([*names, CARD])
+            if lacking := [name for name in names if not (cached / name).is_file()]:
+                raise UnreachableError(
+                    f"the model hub did not give {', '.join(lacking)} of hf://{self.name}. Run it "
+                    "again."
+                )
+        except UnreachableError as unreachable:
+            cached, _ = self.from_cache(unreachable)
             digests = {name: digest_in_cache(cached / name) for name in names}
         for name in names:
             require_digest(cached / name, digests.get(name))
         return cached
+
+    def require_unchanged(self, names: list[str]) -> None:
+        """A commit does not change."""
 
     def download(self, names: list[str]) -> Path:
         """Bring files into the cache; return the commit's folder there."""
@@ -140,8 +152,35 @@ class Hub:
         except (HTTPError, OSError) as error:
             raise hub_error(self.name, self.revision, error) from error
 
+    def from_cache(self, unreachable: UnreachableError) -> tuple[Path, list[str]]:
+        """The commit's folder in the cache, and what is taken of it; raise if any of it is missing.
+
+        The listing of the commit, which huggingface_hub (2.4) keeps of a download, tells that: a
+        folder without one may lack a chat template, and nothing would show it. The card is needed
+        where no licence is configured.
+        """
+        from huggingface_hub import get_cached_repo_tree, snapshot_download
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+        try:
+            tree = get_cached_repo_tree(self.name, revision=self.revision)
+            names = self.taken([file.path for file in tree])
+            unlicensed = self.model.licence is None or self.uri == self.model.adapter
+            folder = snapshot_download(
+                self.name,
+                revision=self.revision,
+                allow_patterns=[*names, CARD] if unlicensed else names,
+                local_files_only=True,
+            )
+        except (CachedRepoTreeNotFoundError, OSError) as error:
+            raise UnreachableError(
+                f"{unreachable} The Hugging Face cache does not hold all of it either (`hf "
+                f"download {self.name} --revision {self.revision}` fills it)."
+            ) from error
+        return Path(folder), names
+
     def cached(self) -> Path | None:
-        """The commit's folder in the cache, if all that a checkpoint needs is there."""
+        """The commit's folder in the cache, if its weights are there."""
         from huggingface_hub import snapshot_download
 
         try:
@@ -163,9 +202,19 @@ class Hub:
         index = folder / INDEX
         weights = {WHOLE}
         if index.is_file() and not (folder / WHOLE).is_file():
-            weights = set(read_json(index).get("weight_map", {}).values())
+            weights = set(shards_in(read_json(index), self.uri))
         needed = {"config.json", *weights}
         return folder if all((folder / name).is_file() for name in needed) else None
+
+
+def licence_of(card: Path) -> str | None:
+    """The licence in the head of a model's card; None if there is no card, or none in it."""
+    from huggingface_hub import metadata_load
+
+    try:
+        return (metadata_load(card) or {}).get("license") if card.is_file() else None
+    except (ValueError, YAMLError):
+        return None
 
 
 def hub_info(name: str, revision: str, files_metadata: bool = False) -> Any:
@@ -196,6 +245,7 @@ def hub_error(name: str, revision: str, error: Exception) -> UserError:
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -206,7 +256,9 @@ def hub_error(name: str, revision: str, error: Exception) -> UserError:
         return InputError(
             f"hf://{name} does not exist, or is private: check the name, or set HF_TOKEN."
         )
-    if isinstance(error, EntryNotFoundError):
+    # The client's word for a hub that went away: it is an EntryNotFoundError, too.
+    away = isinstance(error, LocalEntryNotFoundError)
+    if isinstance(error, EntryNotFoundError) and not away:
         return InputError(f"hf://{name} does not exist at {revision}.")
     if isinstance(error, RevisionNotFoundError):
         return InputError(f"hf://{name} has no revision {revision}.")

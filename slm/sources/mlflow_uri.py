@@ -53,9 +53,10 @@ def find(uri: str, model: Model) -> Found | None:
     from mlflow import MlflowClient
 
     tracking = absolute_uri(model.tracking_uri or mlflow.get_tracking_uri())
-    require_store(tracking, uri)
+    require_store(tracking, uri, "MLFLOW_TRACKING_URI, or model.tracking_uri,")
     other = model.registry_uri or model.tracking_uri
-    registry = absolute_uri(other) if other else mlflow.get_registry_uri()
+    registry = absolute_uri(other or mlflow.get_registry_uri())
+    require_store(registry, uri, "MLFLOW_REGISTRY_URI, or model.registry_uri,")
     client = MlflowClient(tracking_uri=tracking, registry_uri=registry)
     with (
         explained(uri),
@@ -78,13 +79,13 @@ def find(uri: str, model: Model) -> Found | None:
     return Found(store, folders, logged.pinned, file, training, base)
 
 
-def require_store(tracking: str, uri: str) -> None:
+def require_store(store: str, uri: str, setting: str) -> None:
     """Raise if there is no such database: MLflow's client would make an empty one."""
-    path = tracking.removeprefix("sqlite:///")
-    if path != tracking and not Path(path).is_file():
+    path = store.removeprefix("sqlite:///")
+    if path != store and not Path(path).is_file():
         raise InputError(
-            f"{uri} is looked up in {tracking}, which does not exist. Set MLFLOW_TRACKING_URI, or "
-            "model.tracking_uri, to the store that the training job logged to."
+            f"{uri} is looked up in {store}, which does not exist. Set {setting} to the store that "
+            "the training job logged to."
         )
 
 
@@ -123,12 +124,10 @@ def of_run(client: Any, rest: str, uri: str, _: str) -> Logged:
     name, _, within = path.partition("/")
     own = Artifacts(run.info.artifact_uri, uri, tracking_uri=client.tracking_uri)
     if name and not own.repository.list_artifacts(name):
-        query = f"name = '{name}'"
+        query = f"name = '{name}' AND source_run_id = '{run_id}'"
         models = client.search_logged_models([run.info.experiment_id], filter_string=query)
-        for model in models:
-            if model.source_run_id == run_id:
-                location = model.artifact_location
-                return Logged(location, within, pinned, model.model_id, run_id)
+        if models:  # newest first
+            return Logged(models[0].artifact_location, within, pinned, models[0].model_id, run_id)
     return Logged(run.info.artifact_uri, path, pinned, run_id=run_id)
 
 

@@ -11,9 +11,15 @@ from typing import ClassVar
 
 from slm.config.model import Model
 from slm.errors import InputError, UnreachableError
+from slm.redaction import redacted
 from slm.sources.verify import require_inside
 
 log = logging.getLogger("slm.sources")
+
+NOT_THERE = ("No matching distribution found", "Invalid requirement")
+FAILED = re.compile(
+    r"Could not fetch URL (?!.*Client Error: Not Found)"
+)  # of an index, in pip's log
 
 
 @dataclass(frozen=True)
@@ -63,16 +69,29 @@ class Package:
         wheel.unlink()
         return folder
 
+    def require_unchanged(self, names: list[str]) -> None:
+        """A version does not change."""
+
 
 def download(requirement: str, folder: Path) -> Path:
-    """Download the wheel of a pinned requirement, without what it depends on."""
+    """Download the wheel of a pinned requirement, without what it depends on.
+
+    InputError if the index answers and has no such wheel, else UnreachableError. pip (23.2) says
+    "no matching distribution" of both: its log alone tells that an index did not answer.
+    """
     log.info("fetch: downloading %s from the package index", requirement)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder)]
     command += [] if sys.stdout.isatty() else ["--quiet"]
+    command += ["--log", str(folder / "pip.log")]
     pip = subprocess.run([*command, requirement], stderr=subprocess.PIPE, text=True)
     if pip.returncode:
         errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
-        reason = " ".join(errors) or pip.stderr.strip()
+        reason = redacted(" ".join(errors) or pip.stderr.strip())
+        said = (folder / "pip.log").read_text(errors="replace")
+        if any(words in pip.stderr for words in NOT_THERE) and not FAILED.search(said):
+            raise InputError(
+                f"the package index has no wheel of {requirement} for this Python: {reason}"
+            )
         raise UnreachableError(f"pip could not download {requirement}: {reason}")
     return next(folder.glob("*.whl"))

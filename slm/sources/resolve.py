@@ -56,6 +56,12 @@ class Source(Protocol):
         `folder` is for what has to be copied from elsewhere.
         """
 
+    def require_unchanged(self, names: list[str]) -> None:
+        """Raise InputError if files changed since the source was pinned, so that copies are mixed.
+
+        To be called once all are copied.
+        """
+
 
 SOURCES: tuple[type[Source], ...] = (Hub, Package, Stored, Folder)
 

@@ -1,16 +1,18 @@
 """A checkpoint or an adapter in MLflow, in a cloud's storage, or on a web server."""
 
+import functools
+import uuid
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from slm.config.model import Model
 from slm.digests import digest_of
-from slm.errors import InputError
+from slm.errors import InputError, UnreachableError
 from slm.sources import mlflow_uri, remote
 from slm.sources.artifacts import Listed
 from slm.sources.gguf import template_beside
-from slm.sources.verify import holds_weights, key_of, taken_names
+from slm.sources.verify import holds_weights, key_of, require_same, taken_names
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,13 @@ class Stored:
 
     form: ClassVar[str] = ", ".join((*mlflow_uri.FORMS, *remote.FORMS))
 
-    @property
+    @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        files = {name: [listed.size, listed.mark] for name, listed in self.files.items()}
+        """Files without a mark count as changed in each run."""
+        files = {
+            name: [listed.size, listed.mark or uuid.uuid4().hex]
+            for name, listed in self.files.items()
+        }
         return {"source": self.pinned, "files": digest_of(files), "training": self.training}
 
     @classmethod
@@ -68,5 +74,17 @@ class Stored:
 
     def take(self, names: list[str], folder: Path) -> Path:
         for name in names:
-            self.store.take(self.files[name], folder / name)
+            try:
+                self.store.take(self.files[name], folder / name)
+            except UnreachableError:  # of another size, say
+                self.require_unchanged([name])
+                raise
         return folder
+
+    def require_unchanged(self, names: list[str]) -> None:
+        before = {self.files[name].path: self.files[name] for name in names}
+        after: dict[str, Listed] = {}
+        for folder in {str(PurePosixPath(path).parent) for path in before}:
+            found = self.store.files_in("" if folder == "." else folder)
+            after |= {file.path: file for file in found.values()}
+        require_same(before, after, self.pinned)

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -154,6 +154,12 @@ def require_inside(name: str, where: str) -> None:
         raise InputError(f"{where} names {name}, which lies outside its folder. Do not use it.")
 
 
+def require_same(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> None:
+    """Raise if what tells a file's content is another than it was when the source was pinned."""
+    if changed := sorted(name for name, mark in before.items() if after.get(name) != mark):
+        raise InputError(f"{where}: {', '.join(changed)} changed meanwhile. Run it again.")
+
+
 def require_digest(path: Path, expected: str | None) -> None:
     """Raise if a file has another SHA-256 than expected."""
     if expected and (found := digest_file(path)) != expected:
@@ -201,9 +207,9 @@ def place_weights(folder: Path, names: list[str], model: Model, checkpoint: Path
 
 def place_files(folder: Path, names: list[str], model: Model, checkpoint: Path) -> None:
     for name in names:
-        require_digest(folder / name, model.sha256.get(name))
         if folder != checkpoint:
             place(folder / name, checkpoint / name)
+        require_digest(checkpoint / name, model.sha256.get(name))
 
 
 def lay_over(adapter: Path, checkpoint: Path) -> None:
@@ -306,12 +312,37 @@ def architecture_of(config: dict[str, Any]) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object out of a file of the checkpoint."""
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        return parse_json(path.read_text(), path.name)
+    except UnicodeDecodeError as error:
         raise InputError(f"{path.name} is not JSON: {error}.") from error
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """The JSON object in a text; InputError with its file's name if there is none."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{name} is not JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path.name} is not a JSON object.")
+        raise InputError(f"{name} is not a JSON object.")
     return value
+
+
+def shards_in(index: dict[str, Any], where: str) -> list[str]:
+    """The files that an index of weights names.
+
+    InputError unless it names one for each weight, none of them outside its folder.
+    """
+    named = index.get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+        raise InputError(
+            f"{where}: {INDEX} is damaged: its weight_map does not name a file for each weight. "
+            "Fetch it again."
+        )
+    files = sorted(set(named.values()))
+    for file in files:
+        require_inside(file, f"{where}: {INDEX}")
+    return files
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

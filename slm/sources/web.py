@@ -15,7 +15,9 @@ from slm.sources.verify import (
     INDEX,
     WANTED,
     WHOLE,
+    parse_json,
     require_inside,
+    shards_in,
 )
 
 log = logging.getLogger("slm.sources")
@@ -49,10 +51,9 @@ class Web:
             plain = [name for name in WANTED if "*" not in name]
             plain += [WHOLE, INDEX, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
             known = {name: found for name in plain if (found := self.look(name))}
-            if INDEX in known:
-                index = json.loads(self.read(known[INDEX]))
-                for shard in sorted(set(index.get("weight_map", {}).values())):
-                    require_inside(shard, f"{self.shown}: {INDEX}")
+            if INDEX in known and WHOLE not in known:
+                index = parse_json(self.read(known[INDEX]), INDEX)
+                for shard in shards_in(index, self.shown):
                     if found := self.look(shard):
                         known[shard] = found
             return known
@@ -65,13 +66,7 @@ class Web:
                 answer.raise_for_status()
             return []
         if "json" in answer.headers.get("Content-Type", ""):  # of nginx, say
-            entries = answer.json()
-            names = [
-                e["name"] for e in entries if isinstance(e, dict) and e.get("type") != "directory"
-            ]
-            for name in names:
-                require_inside(name, self.shown)
-            return names
+            return listed_in(answer.content, self.shown)
         links = Links()
         links.feed(answer.text)
         here = urlsplit(answer.url).path.rstrip("/") + "/"
@@ -137,6 +132,20 @@ class Web:
         query = f"?{self.query}" if self.query else ""
         url = f"{self.folder}/{name}{query}"
         return self.session.request(verb, url, timeout=TIMEOUT_S, allow_redirects=True, **how)
+
+
+def listed_in(text: str | bytes, shown: str) -> list[str]:
+    """The files in a JSON listing of a folder; none if it is no such listing."""
+    try:
+        entries = json.loads(text)
+        names = [entry["name"] for entry in entries if entry.get("type") != "directory"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
+    if not all(isinstance(name, str) for name in names):
+        return []
+    for name in names:
+        require_inside(name, shown)
+    return names
 
 
 class Links(HTMLParser):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from slm.errors import InputError, one_line
-from slm.sources.verify import INDEX, WHOLE, read_json, require_inside
+from slm.sources.verify import INDEX, WHOLE, read_json, shards_in
 
 log = logging.getLogger("slm.sources")
 
@@ -114,9 +114,7 @@ def weight_files(checkpoint: Path, source: str) -> list[Path]:
     """model.safetensors, else the shards that the index names; InputError if one is missing."""
     whole, index = checkpoint / WHOLE, checkpoint / INDEX
     found = {path.name for path in checkpoint.glob("*.safetensors")}
-    named = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
-    for name in sorted(named):
-        require_inside(name, f"{source}: {INDEX}")
+    named = set(shards_in(read_json(index), source)) if index.is_file() else set()
     if missing := sorted(named - found):
         raise InputError(f"{source} lacks {', '.join(missing)}, which {INDEX} names.")
     if adapters := sorted(name for name in found if name.startswith("adapter_")):
