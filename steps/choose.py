@@ -171,8 +171,8 @@ def main(config: Config) -> None:
             {
                 "model.name": config.model.name,
                 "ladder.targets": ", ".join(config.ladder.targets),
-                "budget": " ".join(budget) or "none",
-                "objective": objective.value,
+                "choose.budget": " ".join(budget) or "none",
+                "choose.objective": objective.value,
             }
         )
         rungs = climb(chains, budget, objective)

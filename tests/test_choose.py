@@ -19,7 +19,14 @@ from slm.children import Chain, Child, overrides_for_children
 from slm.config import Config
 from slm.config.common import CONF
 from slm.config.target import Objective
-from slm.errors import InfrastructureError, InputError, StepError, UnreachableError, UserError
+from slm.errors import (
+    InfrastructureError,
+    InputError,
+    StepError,
+    UnreachableError,
+    UserError,
+    VerdictError,
+)
 from slm.evaluation import comparison
 from slm.evaluation.choice import Tried, best, budget_of, nearest, why
 from slm.evaluation.comparison import Row, with_front
@@ -28,7 +35,7 @@ from slm.evaluation.worker import Found
 from slm.exporters import worker
 from slm.records import Evaluation, LoggedModel
 from slm.running.chain import Link
-from slm.running.command import hydra_arguments, split_overrides
+from slm.running.command import hydra_arguments, parameters_of, split_overrides
 from slm.running.costs import Size, cost_of
 from slm.running.summary import note_step, worst
 from steps import choose, main
@@ -124,6 +131,20 @@ def ladder(ladder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lad
     yield project
     while mlflow.active_run():
         mlflow.end_run()
+
+
+def test_a_choice_that_mlflow_run_began_logs_beside_the_parameters_of_that(
+    ladder: Ladder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow logs parameters as the shell gets them, in quotes, and none may change."""
+    run_id = ladder.client.create_run("1").info.run_id
+    for name in parameters_of("choose"):
+        ladder.client.log_param(run_id, name, "'as the shell gets it'")
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    code, _ = ladder.choose(monkeypatch, "budget='size_mb<=1'")
+    run = ladder.client.get_run(run_id)
+    assert code == VerdictError.exit_code, run.data.tags
+    assert run.data.params["choose.budget"] == "size_mb<=1"
 
 
 def test_a_choice_that_was_interrupted_goes_on_where_it_was_to_its_registered_end(
