@@ -28,7 +28,7 @@ from slm.exporters.calibration_text import (
     require_readable,
     spread,
 )
-from slm.exporters.decoder import Decoder, Tensors, output_of
+from slm.exporters.decoder import Decoder, Tensors, empty_model, output_of, require_linears
 from slm.exporters.gptq import Inputs, pack, round_weight, search_scales, unpack
 from slm.exporters.quantizers import MIXED, require_possible, share_budget
 from slm.exporters.sensitivity import sensitivity, sizes_of
@@ -462,6 +462,13 @@ def test_a_conversation_that_the_model_cannot_take_is_named(
     assert SAMPLING.max_tokens < 8192
     with pytest.raises(InputError, match=words):
         require_readable(rows, checkpoint)
+
+
+def test_stacked_experts_are_refused_before_any_pass(lettered: Path, tmp_path: Path) -> None:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    checkpoint = write_tiny(tmp_path / "checkpoint", lettered, "Mixtral", **experts)
+    with pytest.raises(StepError, match=r"experts\.\w+ is a stack of 4 matrices"):
+        require_linears(empty_model(checkpoint))
 
 
 @pytest.mark.parametrize("setting", [{"logits_scaling": 8.0}, {}])

@@ -84,6 +84,17 @@ def empty_model(checkpoint: Path) -> Any:
     return model
 
 
+def require_linears(model: Any) -> None:
+    """Raise StepError if layers multiply by stacked matrices, as experts do: none is a linear."""
+    for name, module in model.get_decoder().layers.named_modules():
+        for parameter, weight in module.named_parameters(recurse=False):
+            if weight.ndim == 3 and not isinstance(module, nn.Conv1d):
+                raise StepError(
+                    f"layers.{name}.{parameter} is a stack of {len(weight)} matrices, and "
+                    "calibration rounds linears alone. Export with target.quantizer=rtn."
+                )
+
+
 def linears_of_model(model: Any) -> dict[str, nn.Linear]:
     """The layers' linears and the head, by name."""
     head, layers = model.get_output_embeddings(), model.get_decoder().layers

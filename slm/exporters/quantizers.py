@@ -36,12 +36,14 @@ def require_possible(request: "Request") -> None:
     if not target.quantizer.calibrates:
         return
     from slm.exporters.calibration_text import require_readable
-    from slm.exporters.decoder import empty_model, linears_of_model
+    from slm.exporters.decoder import empty_model, linears_of_model, require_linears
     from slm.exporters.sensitivity import left_for_int8, sizes_of
 
     checkpoint = Path(request.checkpoint)
     require_readable(request.calibration, checkpoint)
-    linears = linears_of_model(empty_model(checkpoint))
+    model = empty_model(checkpoint)
+    require_linears(model)
+    linears = linears_of_model(model)
     rounding = rounding_of(target)
     for ending in target.int8:
         only = replace(rounding, int8=[ending])
