@@ -133,20 +133,6 @@ def ladder(ladder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lad
         mlflow.end_run()
 
 
-def test_a_choice_that_mlflow_run_began_logs_beside_the_parameters_of_that(
-    ladder: Ladder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MLflow logs parameters as the shell gets them, in quotes, and none may change."""
-    run_id = ladder.client.create_run("1").info.run_id
-    for name in parameters_of("choose"):
-        ladder.client.log_param(run_id, name, "'as the shell gets it'")
-    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
-    code, _ = ladder.choose(monkeypatch, "budget='size_mb<=1'")
-    run = ladder.client.get_run(run_id)
-    assert code == VerdictError.exit_code, run.data.tags
-    assert run.data.params["choose.budget"] == "size_mb<=1"
-
-
 def test_a_choice_that_was_interrupted_goes_on_where_it_was_to_its_registered_end(
     ladder: Ladder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +164,20 @@ def test_a_choice_that_was_interrupted_goes_on_where_it_was_to_its_registered_en
     assert parent.data.tags["chosen"] == B and parent.info.status == "FINISHED"
     for name in ("comparison.html", "comparison.csv", "comparison.json", "pareto.png"):
         assert ladder.artifact(parent, name).stat().st_size > 100
+
+
+def test_a_choice_that_mlflow_run_began_logs_beside_the_parameters_of_that(
+    ladder: Ladder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow logs parameters as the shell gets them, in quotes, and none may change."""
+    run_id = ladder.client.create_run("1").info.run_id
+    for name in parameters_of("choose"):
+        ladder.client.log_param(run_id, name, "'as the shell gets it'")
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    code, _ = ladder.choose(monkeypatch, "budget='size_mb<=1'")
+    run = ladder.client.get_run(run_id)
+    assert code == VerdictError.exit_code, run.data.tags
+    assert run.data.params["choose.budget"] == "size_mb<=1"
 
 
 def test_none_that_fits_exits_with_3_and_names_what_stands_in_the_way_of_the_nearest(
