@@ -31,7 +31,7 @@ from slm.seal import require_key_to_sign
 from slm.sources.adapter import sources_of
 from slm.sources.hub import Hub
 from slm.sources.resolve import Source
-from slm.sources.size import BITS, bits_of, dequantized, size_at
+from slm.sources.size import size_at, size_told
 from slm.sources.weights import read_tensors
 
 log = logging.getLogger("slm.planning")
@@ -245,11 +245,8 @@ def size_of(
     """The model's size: of the checkpoint, else as conf/ or its source says; None if none does."""
     if checkpoint is not None:
         return size_in(Path(checkpoint.uri), checkpoint.source)
-    named, weights = config.model.source or "", (config.model.parameters or 0) / 1e9
-    if weights and named.endswith(".gguf"):
-        return dequantized(weights, weights * (bits_of(named) or BITS["Q8_0"]) / 8)
-    if weights:
-        return Size(weights, 2 * weights)  # in bfloat16
+    if config.model.parameters:
+        return size_told(config.model.parameters / 1e9, config.model.source or "")
     return size_at(source or sources_of(config.model)[1])
 
 

@@ -103,7 +103,8 @@ def export_onnx(
     checked_on, differences = require_it_generates(onnx, checkpoint, target)
     pinned = optimum.versions() if settings.graph is Graph.optimum else {}
     arguments = builder_arguments(target) if exported.graph == "genai" else []
-    read = {n: v for n in ("read", "linears") if calibration and (v := getattr(exported, n))}
+    found = {"read": exported.read, "linears": exported.linears}
+    found = {name: value for name, value in found.items() if value}
     onnx_provenance = write_provenance(
         onnx,
         checkpoint=provenance,
@@ -112,7 +113,7 @@ def export_onnx(
         graph=exported.graph,
         refused=exported.refused,
         quantizer=target.quantizer.value if target.precision.bits else "",
-        calibration=calibration | read,
+        calibration=calibration | found,
         builder_arguments=arguments,
         versions=versions(*LIBRARIES) | pinned,
         notes=notes,

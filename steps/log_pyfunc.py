@@ -42,7 +42,7 @@ from slm.running.command import entry_point
 from slm.running.lineage import link_training, training_tags
 from slm.running.links import copies_as_links
 from slm.running.run import run_step
-from slm.running.tracking import local_path, logged_model_exists, note_use, shown_tracking_uri
+from slm.running.tracking import gone, local_path, note_use, shown_tracking_uri
 from slm.running.work import versions, work_folder
 from slm.seal import Sealed, require_key_to_sign, signed_by, verifier_requirements
 from slm_pyfunc.parameters import AT_LOAD
@@ -199,12 +199,6 @@ def prove_environment(
             f"the models do not answer in an environment of their requirements: {complaint}"
         )
     log.info("the models answer in an environment of their own, where torch is absent")
-
-
-def gone(result: LoggedModels) -> str:
-    """In words, that a logged model is gone from the store; "" if none is."""
-    lost = [model.uri for model in result.models if not logged_model_exists(model.model_id)]
-    return f"{', '.join(lost)} is gone, or not whole" if lost else ""
 
 
 def require_first(provenances: list[Provenance], config: Config) -> None:

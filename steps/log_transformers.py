@@ -28,7 +28,7 @@ from slm.running.command import entry_point
 from slm.running.lineage import link_training, training_tags
 from slm.running.links import copies_as_links
 from slm.running.run import run_step
-from slm.running.tracking import local_path, logged_model_exists, shown_tracking_uri
+from slm.running.tracking import gone, local_path, shown_tracking_uri
 from slm.running.work import versions, work_folder
 from slm.seal import Sealed, require_key_to_sign, signed_by
 from slm_pyfunc.signatures import QUESTION
@@ -96,12 +96,6 @@ def named_checkpoint(checkpoint: Path, name: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         Path(name).symlink_to(checkpoint, target_is_directory=True)
         yield name
-
-
-def gone(result: LoggedModels) -> str:
-    """In words, that the logged model is gone from the store; "" if it is there."""
-    there = logged_model_exists(result.models[0].model_id)
-    return "" if there else f"{result.uri} is gone, or not whole"
 
 
 def main(config: Config) -> LoggedModels:

@@ -617,7 +617,7 @@ def leave_reference(folder: Path, model: Fixed, *kinds: str) -> None:
     number = len(list(folder.glob("tokens-*")))
     np.save(folder / f"tokens-{number:04}.npy", np.ones(len(model.logp), dtype=int))
     np.save(folder / f"logp-{number:04}.npy", model.logp[:-1])
-    (folder / KINDS).write_text(json.dumps(kinds))
+    (folder / KINDS).write_text(json.dumps(kinds or [""] * (number + 1)))
 
 
 def settings(**values: Any) -> Evaluate:

@@ -157,6 +157,11 @@ class Target:
         """4 rounds activations to int8 inside the matrix products, 0 leaves them."""
         return int(self.builder_options.get("accuracy_level", 0))
 
+    @property
+    def mixed(self) -> bool:
+        """Whether some linears of an int4 model keep 8 bits."""
+        return bool(self.int8 or self.budget_mb or self.budget_bits)
+
     def require_served(self) -> None:
         """Raise InputError if the provider does not read weights of this kind."""
         rounded = isinstance(self.precision, Precision) and bool(self.precision.bits)
@@ -175,7 +180,7 @@ class Target:
         if self.quantizer is Quantizer.builder:
             algorithm = options.get("algo_config", "default")
             quantizer = {"default": "rtn"}.get(algorithm, algorithm)
-        if self.int8 or self.budget_mb or self.budget_bits:
+        if self.mixed:
             quantizer = "mixed"
         bits = self.precision.bits
         own: dict[str, Any] = {

@@ -19,7 +19,7 @@ from slm.evaluation.models import Messages, Model, Transformers
 # bootstrap: Künsch 1989, https://doi.org/10.1214/aos/1176347265).
 BLOCK = 32
 RESAMPLES = 1000
-KINDS = "kinds.json"  # beside the scored windows: the kind of each
+KINDS = "kinds.json"  # beside the scored windows: the kind of each, "" if it has none
 Scorer = Callable[[list[int]], np.ndarray]  # a Model's log_probabilities
 
 
@@ -41,12 +41,13 @@ def write_reference(
     tokens_of = [model.tokenizer(text)["input_ids"] for text in texts]
     numbered = token_windows(tokens_of, window, max_tokens)
     windows = [tokens for _, tokens in numbered]
-    own_kinds = [kinds[number] for number, _ in numbered] if kinds else []
-    (out / KINDS).write_text(json.dumps(own_kinds))
+    own_kinds = [kinds[number] if kinds else "" for number, _ in numbered]
     scored = [len(tokens) - 1 for tokens in windows]
     if (point := model.turning_point) is not None:
         windows.append(long_window(model, long_text, min(point + window, model.context_length)))
         scored.append(len(windows[-1]) - point)
+        own_kinds.append("")
+    (out / KINDS).write_text(json.dumps(own_kinds))
     for i, tokens in enumerate(tqdm(windows, desc="scoring", leave=False)):
         logp = model.log_probabilities(tokens, last=scored[i] + 1)[:-1]
         losses.append(-logp[np.arange(len(logp)), tokens[-len(logp) :]])
@@ -91,8 +92,8 @@ def compare_with_reference(
     loss_ratio = loss - np.concatenate(reference_losses)
     tail_ratio = loss_ratio[np.concatenate(tails)]
     agreement = np.concatenate(agreements).astype(float)
-    padded = [*kinds, *[""] * (len(losses) - len(kinds))]  # the long window is of none
-    own_kinds = np.repeat(padded, [len(each) for each in losses])
+    own_kinds = np.repeat(kinds, [len(each) for each in losses])
+    several = sorted(set(kinds) - {""})
     mean = blocks.interval_of_mean
     metrics = {
         "scored_tokens": float(len(loss)),
@@ -111,7 +112,7 @@ def compare_with_reference(
         ),
         **bounded("top1_agreement", agreement.mean(), mean(agreement)),
     }
-    for kind in sorted(set(kinds)) if len(set(kinds)) > 1 else []:
+    for kind in several if len(several) > 1 else []:
         of = own_kinds == kind
         metrics |= {
             f"perplexity_ratio_of_{kind}": float(np.exp(loss_ratio[of].mean())),

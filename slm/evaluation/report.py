@@ -18,6 +18,7 @@ from slm.records import Evaluation, Judged
 from slm.running.tracking import TEXT_LIMIT
 
 SIDES = {"reference": "checkpoint", "champion": "champion", "candidate": "ONNX"}
+OF_KIND = [metric for metric in METRICS.values() if metric.of_kind]
 COLOURS = {"reference": "#9aa5b1", "champion": "#c9a227", "candidate": "#2f6fab"}
 
 
@@ -56,7 +57,7 @@ def write_report(
         "rows": rows(evaluation),
         "lengths": lengths(evaluation, config.evaluate.prompt_lengths),
         "kinds": kinds(evaluation),
-        "kind_metrics": [metric for metric in METRICS.values() if metric.of_kind],
+        "kind_metrics": OF_KIND,
         "gates": [
             (label(gate), shown_value(gate), bounds(gate), gate) for gate in evaluation.gates
         ],
@@ -117,12 +118,10 @@ def lengths(evaluation: Evaluation, prompt_lengths: list[int]) -> list[list[str]
 
 def kinds(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
     """Of each kind of text, if there are several: its name, then the candidate's metrics of it."""
-    found = evaluation.candidate_metrics
-    measured = [metric for metric in METRICS.values() if metric.of_kind]
-    first = f"{measured[0].name}_of_"
+    found, first = evaluation.candidate_metrics, f"{OF_KIND[0].name}_of_"
     names = sorted(name.removeprefix(first) for name in found if name.startswith(first))
     return [
-        (name, [formatted(found.get(f"{m.name}_of_{name}"), m.digits) for m in measured])
+        (name, [formatted(found.get(f"{m.name}_of_{name}"), m.digits) for m in OF_KIND])
         for name in names
     ]
 

@@ -176,8 +176,8 @@ def wrong_bits(node: ir.Node, target: Target) -> Iterator[str]:
 def bits_of(target: Target) -> set[int]:
     """The bits that quantized weights may have; a mixture and a grid keep some in 8."""
     options = target.builder_options
-    mixes = target.quantizer is Quantizer.grid or target.int8 or target.budget_mb
-    mixes = mixes or target.budget_bits or options.get("matmul_mixed_precision")
+    mixes = target.quantizer is Quantizer.grid or target.mixed
+    mixes = mixes or bool(options.get("matmul_mixed_precision"))
     mixes = mixes or "_" in options.get("algo_config", "").replace("k_quant", "kquant")
     return {target.precision.bits or 0, *((8,) if mixes else ())}
 

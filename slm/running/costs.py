@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from slm.config import Config
 from slm.config.packaging import Graph
-from slm.config.target import Precision, Quantizer
+from slm.config.target import Precision, Quantizer, Target
 
 # Bytes of an ONNX folder for each weight: scales and an embedding in more bits included.
 ONNX_BYTES = {4: 0.7, 8: 1.2}
@@ -52,13 +52,13 @@ def cost_of(step: str, size: Size, config: Config) -> Cost:
     weights, checkpoint = size.weights, size.checkpoint_gb
     precision = config.target.precision
     per_weight = ONNX_BYTES.get(precision.bits or 0, FLOAT_BYTES.get(precision, 2.0))
-    mixed = bool(config.target.int8 or config.target.budget_mb or config.target.budget_bits)
-    per_weight += MIXED_BYTES * (mixed or config.target.quantizer is Quantizer.grid)
+    target = config.target
+    per_weight += MIXED_BYTES * (target.mixed or target.quantizer is Quantizer.grid)
     onnx, interfaces = weights * per_weight, len(config.log_pyfunc.interfaces)
     logged = onnx * interfaces * max(1, len(config.log_pyfunc.targets))
     costs = {
         "fetch": fetching(str(config.model.source), size, bool(config.model.adapter)),
-        "export_onnx": exporting(config.target.quantizer, weights, onnx, mixed),
+        "export_onnx": exporting(target, weights, onnx),
         "log_pyfunc": Cost(0.0, LIBRARIES_GB + onnx, 6 + 15 * weights, store_gb=logged),
         "log_transformers": Cost(0.0, LIBRARIES_GB, 4 + 4 * checkpoint, store_gb=checkpoint),
         "evaluate": Cost(0.0, LIBRARIES_GB + 1.4 * checkpoint, 20 + 430 * weights),
@@ -85,17 +85,18 @@ def fetching(source: str, size: Size, merges: bool) -> Cost:
     return Cost(checkpoint, LIBRARIES_GB, cache_gb=cached)
 
 
-def exporting(quantizer: Quantizer, weights: float, onnx_gb: float, mixed: bool) -> Cost:
+def exporting(target: Target, weights: float, onnx_gb: float) -> Cost:
     """By who rounds: one tensor at a time, layer by layer on a text, or the builder.
 
     Meanwhile there is the float32 twin of a few layers. A calibration has a draft first, and then
     what it rounded so far; one that shares a budget has a pass's outputs and rounded weights too.
     """
     twin = 0.1 + 0.35 * weights
-    if quantizer in (Quantizer.rtn, Quantizer.grid):
+    if target.quantizer in (Quantizer.rtn, Quantizer.grid):
         memory, seconds = 0.5 + 1.15 * math.sqrt(weights), 12 + 9.5 * weights
         return Cost(onnx_gb, memory, seconds, scratch_gb=twin)
-    if quantizer.calibrates:
+    if target.quantizer.calibrates:
         memory, seconds = 3.5 + 0.65 * weights, 4400 * weights
-        return Cost(onnx_gb, memory, seconds, scratch_gb=twin + onnx_gb * (2 if mixed else 1))
+        beside = onnx_gb * (2 if target.mixed else 1)
+        return Cost(onnx_gb, memory, seconds, scratch_gb=twin + beside)
     return Cost(onnx_gb, 6 * weights, 58 * weights, scratch_gb=twin)

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from slm.config import Config
 from slm.config.common import ROOT
 from slm.errors import InputError, UnreachableError, one_line, told_of
+from slm.records import LoggedModels
 from slm.redaction import redacted
 from slm.running.killed import end_killed, on_record
 from slm.running.summary import INTERRUPTED, note
@@ -326,6 +327,12 @@ def stores_exist() -> bool:
     """Whether there is anything to ask: to ask MLflow's SQLite store would make the file."""
     uri = mlflow.get_tracking_uri()
     return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
+
+
+def gone(logged: LoggedModels) -> str:
+    """In words, which logged models the tracking server no longer has whole; "" if it has all."""
+    lost = [model.uri for model in logged.models if not logged_model_exists(model.model_id)]
+    return f"{', '.join(lost)} is gone, or not whole" if lost else ""
 
 
 def logged_model_exists(model_id: str) -> bool:

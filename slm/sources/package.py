@@ -17,9 +17,8 @@ from slm.sources.verify import require_inside
 log = logging.getLogger("slm.sources")
 
 NOT_THERE = ("No matching distribution found", "Invalid requirement")
-FAILED = re.compile(
-    r"Could not fetch URL (?!.*Client Error: Not Found)"
-)  # of an index, in pip's log
+# Of an index, in pip's log.
+FAILED = re.compile(r"Could not fetch URL (?!.*Client Error: Not Found)")
 
 
 @dataclass(frozen=True)

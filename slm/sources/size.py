@@ -36,6 +36,13 @@ def size_at(source: Source) -> Size | None:
     return Size(stored_gb / (bytes_of(source) if CONFIG in names else 2), stored_gb)
 
 
+def size_told(weights: float, uri: str) -> Size:
+    """The size of 10^9 weights: of a GGUF of the type in its name, Q8_0 if none, or in bfloat16."""
+    if uri.endswith(".gguf"):
+        return dequantized(weights, weights * (bits_of(uri) or BITS["Q8_0"]) / 8)
+    return Size(weights, 2 * weights)
+
+
 def dequantized(weights: float, gguf_gb: float) -> Size:
     """The size of 10^9 weights out of a GGUF file, which become float32."""
     return Size(weights, 4 * weights, gguf_gb)
