@@ -57,7 +57,7 @@ class Served:
         python_model = None
         if self.model.is_onnx:
             python_model = self.pyfunc.unwrap_python_model()
-        self.runtime = getattr(python_model, "runtime", None)
+        self.runtime: Any = getattr(python_model, "runtime", None)
         self.streams = hasattr(python_model, "begin")
         self.asked: Any = python_model if self.streams else OneByOne(self.pyfunc)
 

@@ -26,7 +26,7 @@ from slm.serving.service import Service, application
 
 log = logging.getLogger("slm.serve")
 
-LAST_S = 10  # after serve.shutdown_s, in which the process ends by itself
+LAST_S = 5  # after serve.shutdown_s, in which the process ends by itself
 
 
 def serve(config: Config) -> None:
@@ -61,7 +61,7 @@ def options_of(service: Service) -> uvicorn.Config:
         http=connections(service.settings.timeout_s),  # h11's: httptools bounds no request's head
         timeout_keep_alive=75,  # longer than proxies', which would meet a closed connection
         # If `stop` did not do.
-        timeout_graceful_shutdown=round(service.settings.shutdown_s) + 5,
+        timeout_graceful_shutdown=round(service.settings.shutdown_s) + 2,
     )
 
 

@@ -62,7 +62,7 @@ async def score(service: "Service", data: bytes, request: Request) -> Response:
         status = told.status
         log_failure(INVOCATIONS, served.name, error, told)
         if not isinstance(error, MlflowException):
-            raise told from error
+            raise told from None
         body = redacted(error.serialize_as_json())
         return Response(body, status, told.headers, media_type="application/json")
     finally:
