@@ -197,6 +197,7 @@ def test_invocations_answer_as_mlflows_server_does(server: Server) -> None:
         ("chat", chat(FRANCE, model=PROMPT), 400, "model", None, "answers /v1/completions"),
         ("chat", chat(FRANCE, stream="yes"), 400, "stream", None, "true or false"),
         ("chat", chat(FRANCE, max_token=5), 400, "max_token", None, "is it max_tokens?"),
+        ("chat", chat(FRANCE, **{"\ud800": 1}), 400, None, None, r"\ud800 is no field"),
         ("chat", chat(FRANCE, top_p=2), 400, "top_p", None, "above 0 and at most 1"),
         ("chat", chat(FRANCE, logit_bias={"99999": 1}), 400, "logit_bias", None, "below 49152"),
         ("chat", chat(FRANCE, tools=TOOLS), 400, "tools", None, "this model calls none"),
@@ -451,12 +452,17 @@ def test_the_checkpoints_model_answers_one_after_the_other(packaged: Packaged) -
             *({"messages": value} for value in (None, [], "Hi", [{"role": "robot"}], [FRANCE])),
             {"messages": [{"role": "user", "content": "\ud800"}]},
             {"seed": 1},
+            {"\ud800": 1},
         ]
         for wrong in refused:
             status, answer, _ = server.ask("POST", path, {**asked, **wrong})
-            assert (status, answer["error"]["param"]) == (400, *wrong), answer
+            [field] = wrong
+            param = field.replace("\ud800", r"\ud800")  # half a surrogate pair
+            assert (status, answer["error"]["param"]) == (400, param), answer
         with ThreadPoolExecutor(70) as pool:
-            ask = partial(server.ask, "POST", body={"messages": STORY, "max_tokens": 900}, **JSON)
+            ask: Callable[[str], Any] = partial(
+                server.ask, "POST", body={"messages": STORY, "max_tokens": 900}, **JSON
+            )
             many = [pool.submit(ask, path) for _ in range(70)]  # of which 65 have a place
             wait_until(lambda: any(future.done() for future in many))
             status, answer, headers = next(future for future in many if future.done()).result()

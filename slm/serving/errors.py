@@ -31,12 +31,18 @@ class ApiError(Exception):
         kind: str = "",
         headers: dict[str, str] | None = None,
     ) -> None:
+        message, param = encodable(message), param and encodable(param)
         super().__init__(message)
         self.status, self.headers = status, headers or {}
         kind = kind or (INVALID if status < 500 else SERVER)
         self.body = {
             "error": {"message": message, "type": kind, "param": param, "code": code},
         }
+
+
+def encodable(text: str) -> str:
+    """A text of a request that UTF-8 can spell: JSON may hold half a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Left(Exception):
