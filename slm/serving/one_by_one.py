@@ -20,7 +20,7 @@ from slm_pyfunc.parameters import Parameters, RequestError, is_absent
 # What MLflow's transformers flavor heeds of a chat; it drops the rest without a word.
 PARAMETERS = ("max_tokens", "temperature", "top_p")
 HEEDED = {"messages", "max_completion_tokens", *PARAMETERS}
-MOST_TOKENS = 2**31 - 1  # MLflow refuses a longer integer, in words of its own
+MOST_TOKENS = 2**31 - 1  # where no context length is known; MLflow cannot take more
 WAITING = 64  # requests that may wait
 
 
@@ -41,14 +41,14 @@ class OneByOne:
     """The queue before a model, and the thread that works it off."""
 
     def __init__(self, pyfunc: Any) -> None:
-        self.pyfunc = pyfunc
+        self.pyfunc, self.most_tokens = pyfunc, context_length(pyfunc)
         self.lock = threading.Lock()  # guards `waiting` and `working`
         self.waiting: deque[Place] = deque()
         self.working = False
 
     def begin(self, request: dict[str, Any], inbox: Inbox, streamed: bool) -> "WholeAnswer":
         """Queue the answer to a chat; ApiError if a field is wrong, or too many wait."""
-        work = partial(self.pyfunc.predict, chat_of(request))
+        work = partial(self.pyfunc.predict, chat_of(request, self.most_tokens))
         return WholeAnswer(request.get("model"), self.queue(work, inbox))
 
     def queue(self, work: Callable[[], Any], inbox: Inbox) -> Place:
@@ -79,7 +79,13 @@ class OneByOne:
                 place.inbox.put((0, error))
 
 
-def chat_of(request: dict[str, Any]) -> dict[str, Any]:
+def context_length(pyfunc: Any) -> int:
+    """Of a transformers pipeline: an answer past it would keep all others waiting."""
+    config = getattr(getattr(pyfunc.get_raw_model(), "model", None), "config", None)
+    return getattr(config, "max_position_embeddings", MOST_TOKENS)
+
+
+def chat_of(request: dict[str, Any], most_tokens: int) -> dict[str, Any]:
     """What a request asks of MLflow's transformers flavor; ApiError if it does not serve that."""
     body = {
         name: value
@@ -97,7 +103,10 @@ def chat_of(request: dict[str, Any]) -> dict[str, Any]:
     if "max_completion_tokens" in body:
         body["max_tokens"] = body.pop("max_completion_tokens")
     try:
-        return {"messages": messages_of(request.get("messages")), **parameters_of(body)}
+        return {
+            "messages": messages_of(request.get("messages")),
+            **parameters_of(body, most_tokens),
+        }
     except RequestError as error:
         param = str(error).partition(" ")[0].partition("[")[0]
         raise ApiError(400, str(error), code=error.code, param=param) from error
@@ -109,15 +118,15 @@ def messages_of(messages: Any) -> list[dict[str, Any]]:
     return [read_message(index, message, None) for index, message in enumerate(messages)]
 
 
-def parameters_of(body: dict[str, Any]) -> dict[str, Any]:
+def parameters_of(body: dict[str, Any], most_tokens: int) -> dict[str, Any]:
     """The parameters that are given, within their limits; RequestError otherwise."""
     given = [name for name in PARAMETERS if name in body]
     parameters = Parameters.of({name: body[name] for name in given})
     if "temperature" in given and parameters.temperature == 0:
         raise RequestError("temperature is 0, and this model samples: give more")
-    if parameters.max_tokens > MOST_TOKENS:
+    if parameters.max_tokens > most_tokens:
         raise RequestError(
-            f"max_tokens is {parameters.max_tokens}; it must be at most {MOST_TOKENS}"
+            f"max_tokens is {parameters.max_tokens}; it must be at most {most_tokens}"
         )
     return {name: getattr(parameters, name) for name in given}
 
