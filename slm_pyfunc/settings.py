@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+PROVIDERS = ("cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx")
+
 
 @dataclass
 class Settings:

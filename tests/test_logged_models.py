@@ -19,7 +19,7 @@ from slm.environments import environment_of
 from slm.errors import InputError, StepError
 from slm.running.command import parameters_of
 from slm.serving.errors import ApiError
-from slm.serving.models import OneByOne
+from slm.serving.one_by_one import OneByOne
 from steps import log_pyfunc
 from steps.log_pyfunc import prove_environment, runtime_requirements
 from tests.conftest import MODEL, TARGET, Packaged, Project, composed, log_onnx, tracking

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +82,11 @@ class Server:
         is_json = "json" in response.headers["content-type"] and text.strip()
         return response.status, json.loads(text) if is_json else text, dict(response.headers)
 
-    def figure(self, name: str) -> float:
-        """A figure of the chat model at /metrics."""
+    def figure(self, name: str, status: int | str = "") -> float:
+        """A figure of the chat model at /metrics, of requests with a status if it is given."""
         _, text, _ = self.ask("GET", "/metrics")
-        found = re.findall(rf'^slm_{name}{{model="{CHAT}".*}} (.+)$', text, re.MULTILINE)
+        of = rf'.*status="{status}"' if status else ""
+        found = re.findall(rf'^slm_{name}{{model="{CHAT}"{of}.*}} (.+)$', text, re.MULTILINE)
         return sum(map(float, found))
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
@@ -194,6 +197,7 @@ def test_invocations_answer_as_mlflows_server_does(server: Server) -> None:
         ("chat", chat(FRANCE, model=PROMPT), 400, "model", None, "answers /v1/completions"),
         ("chat", chat(FRANCE, stream="yes"), 400, "stream", None, "true or false"),
         ("chat", chat(FRANCE, max_token=5), 400, "max_token", None, "is it max_tokens?"),
+        ("chat", chat(FRANCE, **{"\ud800": 1}), 400, None, None, r"\ud800 is no field"),
         ("chat", chat(FRANCE, top_p=2), 400, "top_p", None, "above 0 and at most 1"),
         ("chat", chat(FRANCE, logit_bias={"99999": 1}), 400, "logit_bias", None, "below 49152"),
         ("chat", chat(FRANCE, tools=TOOLS), 400, "tools", None, "this model calls none"),
@@ -260,13 +264,19 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_rows(server: Ser
 
 
 def test_a_client_that_waits_for_a_whole_answer_may_leave_too(server: Server) -> None:
+    left = server.figure("requests_total", status=499)
+    tokens = server.figure("generated_tokens_total")
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        body = json.dumps(chat(STORY, max_tokens=1900))
+        no_end = {str(token): -100 for token in (0, 2)}
+        body = json.dumps(chat(STORY, max_tokens=1900, logit_bias=no_end))
         head = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost"]
         head += [f"Authorization: Bearer {KEY}", f"Content-Length: {len(body)}"]
         connection.sendall("\r\n".join([*head, "", body]).encode())
         wait_until(lambda: server.figure("sequences_running") == 1)
+        time.sleep(0.5)  # some tokens
     wait_until(lambda: server.figure("sequences_running") == 0)
+    assert server.figure("requests_total", status=499) == left + 1
+    assert 0 < server.figure("generated_tokens_total") - tokens < 1000  # and not all 1900
 
 
 def test_24_clients_get_their_own_answers_beside_others_that_leave(client: openai.OpenAI) -> None:
@@ -347,17 +357,118 @@ def stop_while_it_answers(server: Server) -> None:
     assert status == 200 and text.endswith("data: [DONE]\n\n") and text.count("data: ") > 100
 
 
-def test_an_answer_that_takes_too_long_is_told_and_ctrl_c_is_130(packaged: Packaged) -> None:
-    limits = ("serve.timeout_s=0.5", "serve.shutdown_s=0.2")
-    with serving(packaged, f"model_uri=models:/{CHAT}@champion", *limits) as server:
+def test_an_answer_that_takes_too_long_is_told_and_ctrl_c_is_130(
+    packaged: Packaged, tmp_path: Path
+) -> None:
+    limits = ("serve.timeout_s=2", "serve.shutdown_s=0.2")
+    champion = f"model_uri=models:/{CHAT}@champion"
+    with (
+        serving(packaged, champion, *limits, TMPDIR=str(tmp_path)) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
         body = chat(STORY, max_tokens=4000)
         status, answer, headers = server.ask("POST", "/v1/chat/completions", body)
         assert (status, answer["error"]["code"]) == (504, "timeout")
         assert headers["x-should-retry"] == "false"  # or the openai client would ask twice more
-        _, text, _ = server.ask("POST", "/v1/chat/completions", {**body, "stream": True})
+        streamed = {**body, "stream": True}
+        _, text, _ = server.ask("POST", "/v1/chat/completions", streamed)
         last = json.loads(text.split("data: ")[-1])
         assert last["error"]["code"] == "timeout" and text.count("data: ") > 2
+        wait_until(lambda: server.figure("sequences_running") == 0)
+        stopped = pool.submit(server.ask, "POST", "/v1/chat/completions", streamed)
+        wait_until(lambda: server.figure("sequences_running") == 1)
         assert server.stop(signal.SIGINT) == 130
+        last = json.loads(stopped.result()[1].split("data: ")[-1])
+        assert last["error"]["code"] == "server_stops"
+    assert not list(tmp_path.glob("slm-*"))  # what it had downloaded
+
+
+class Silent(ThreadingHTTPServer):
+    """A tracking server that lists a file, and keeps whoever asks for anything else waiting."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Keeping)
+        self.asked, self.ended = threading.Event(), threading.Event()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Keeping(BaseHTTPRequestHandler):
+    server: Silent
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self) -> None:
+        files = [{"path": "MLmodel", "is_dir": False, "file_size": 5}]
+        body = b"" if self.command == "HEAD" else json.dumps({"files": files}).encode()
+        if self.command == "GET" and "path=" not in self.path:
+            self.server.asked.set()
+            self.server.ended.wait()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_HEAD = answer
+
+
+@pytest.mark.parametrize("uri", ["models:/a@b", "{url}/api/2.0/mlflow-artifacts/artifacts/model"])
+def test_a_registry_that_never_answers_keeps_no_server_from_its_end(
+    project: Project, tmp_path: Path, uri: str
+) -> None:
+    silent = Silent()
+    url = f"http://127.0.0.1:{silent.server_port}"
+    (tmp_path / "tmp").mkdir()
+    environment = {"MLFLOW_REGISTRY_URI": url, "TMPDIR": str(tmp_path / "tmp")}
+    overrides = f"model_uri={uri.format(url=url)}", "serve.shutdown_s=0.5"
+    server = Server(project, *overrides, **environment)
+    try:
+        assert silent.asked.wait(60)
+        start = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - start < 20
+        assert not list((tmp_path / "tmp").glob("slm-*"))
+    finally:
+        server.stop(signal.SIGKILL)
+        silent.ended.set()
+        silent.shutdown()
+
+
+def test_the_checkpoints_model_answers_one_after_the_other(packaged: Packaged) -> None:
+    path, name = "/v1/chat/completions", f"{MODEL}-transformers"
+    with serving(packaged, f"model_uri=models:/{packaged.reference.model_id}") as server:
+        asked = {"messages": FRANCE, "max_tokens": 8, "temperature": 0.01}
+        status, answer, _ = server.ask("POST", path, asked)
+        assert status == 200 and answer["model"] == name
+        text = answer["choices"][0]["message"]["content"]
+        assert "Paris" in text
+        _, streamed, _ = server.ask("POST", path, {**asked, "stream": True})
+        [chunk, done] = re.findall("data: (.+)", streamed)
+        assert json.loads(chunk)["choices"][0]["delta"]["content"] and done == "[DONE]"
+        refused: list[dict[str, Any]] = [
+            *({"max_tokens": value} for value in (0, -1, "5", 2.5, True, 9000, 10**30)),
+            *({"temperature": value} for value in (0, -1, "warm", 1e9)),
+            *({"top_p": value} for value in (0, 2, "all")),
+            *({"messages": value} for value in (None, [], "Hi", [{"role": "robot"}], [FRANCE])),
+            {"messages": [{"role": "user", "content": "\ud800"}]},
+            {"seed": 1},
+            {"\ud800": 1},
+        ]
+        for wrong in refused:
+            status, answer, _ = server.ask("POST", path, {**asked, **wrong})
+            [field] = wrong
+            param = field.replace("\ud800", r"\ud800")  # half a surrogate pair
+            assert (status, answer["error"]["param"]) == (400, param), answer
+        with ThreadPoolExecutor(70) as pool:
+            ask: Callable[[str], Any] = partial(
+                server.ask, "POST", body={"messages": STORY, "max_tokens": 900}, **JSON
+            )
+            many = [pool.submit(ask, path) for _ in range(70)]  # of which 65 have a place
+            wait_until(lambda: any(future.done() for future in many))
+            status, answer, headers = next(future for future in many if future.done()).result()
+            assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert headers["retry-after"] and ask("/invocations")[0] == 429
+            server.stop(signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +482,8 @@ def test_an_answer_that_takes_too_long_is_told_and_ctrl_c_is_130(packaged: Packa
             ["model_uri=a", "serve.settings={threds: 1}"],
             "serve.settings has threds; valid: threads",
         ),
+        (["model_uri=a", "serve.settings={top_p: 2}"], "serve.settings: top_p is 2"),
+        (["model_uri=a", "serve.settings={execution_provider: gpu}"], "must be one of cpu, cuda"),
         (["model_uri=a", "serve.host=203.0.113.1"], "serve.host=203.0.113.1 port=0 cannot be"),
     ],
 )
@@ -379,6 +492,12 @@ def test_what_keeps_a_server_from_starting_is_told(
 ) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
         packaged.call("serve", "port=0", *overrides)
+
+
+def test_a_blank_key_is_refused(packaged: Packaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLM_API_KEY", " ")
+    with pytest.raises(InputError, match="SLM_API_KEY is set, and holds no key"):
+        packaged.call("serve", "port=0", "model_uri=models:/nothing@champion")
 
 
 def test_an_unsigned_model_is_not_served_where_a_key_is_configured(

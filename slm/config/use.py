@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from slm.config.common import valid_settings
+from slm.config.common import valid_at_load, valid_settings
 from slm.errors import InputError
 from slm_pyfunc.parameters import Parameters, RequestError
 
@@ -82,10 +82,11 @@ class Score:
 class Serve:
     """How `serve` answers over HTTP.
 
-    It listens at `host`, for this machine alone unless told otherwise. `settings` are those of
-    every ONNX model (Settings). A body may have `max_body_mb` (10^6 bytes), an answer may take
-    `timeout_s`, and those under way when the server stops have `shutdown_s` to end. With `follow`,
-    the registry is asked every `follow_every_s` what the aliases name.
+    It listens at `host`, for this machine alone unless told otherwise. `settings` are what every
+    ONNX model is loaded with: Settings, `execution_provider`, defaults of Parameters. A body may
+    have `max_body_mb` (10^6 bytes), an answer may take `timeout_s`, and those under way when the
+    server stops have `shutdown_s` to end. With `follow`, the registry is asked every
+    `follow_every_s` what the aliases name.
     """
 
     host: str = MISSING
@@ -96,7 +97,7 @@ class Serve:
     follow_every_s: float = MISSING
 
     def __post_init__(self) -> None:
-        self.settings = valid_settings("serve.settings", self.settings)
+        self.settings = valid_at_load("serve.settings", self.settings)
         for key in ("max_body_mb", "timeout_s", "shutdown_s", "follow_every_s"):
             value = getattr(self, key)
             if isinstance(value, (int, float)) and not value > 0:

@@ -320,7 +320,8 @@ def local_path(uri: str | None, parameter: str, made_by: str, into: Path | None 
 @functools.cache
 def downloads() -> tempfile.TemporaryDirectory[str]:
     """Where this process downloads to: it lasts as long as the process."""
-    return tempfile.TemporaryDirectory(prefix="slm-")
+    # A thread may be downloading still, while the process ends.
+    return tempfile.TemporaryDirectory(prefix="slm-", ignore_cleanup_errors=True)
 
 
 def stores_exist() -> bool:

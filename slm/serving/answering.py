@@ -1,6 +1,7 @@
 """One answer over HTTP, whole or as server-sent events, until it ends or its client leaves."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -8,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import JSONResponse, Response
 
-from slm.serving.errors import ApiError, Left, of_model, took_too_long
+from slm.serving.errors import ApiError, Left, log_failure, of_model
 from slm.serving.inbox import Inbox
 from slm.serving.models import Served
 
 if TYPE_CHECKING:
     from slm.serving.service import Service
 
+LEFT = 499  # nginx's status for a client that left
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-SILENCE_S = 15.0  # after which a stream that waits says that it is alive
 SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold it back
 
 Message = MutableMapping[str, Any]
@@ -37,18 +38,14 @@ class Answering(Response):
         )
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        service = self.service
+        service, send = self.service, heard(send)
         served = self.served = service.models[self.served.name]  # it may have been replaced
         loop = asyncio.get_running_loop()
-        inbox = service.inbox()
-        self.start, self.first = time.monotonic(), 0.0
-        limit_s = service.settings.timeout_s
-        alarm = loop.call_later(limit_s, lambda: inbox.receive(took_too_long(limit_s)))
-        watch = loop.create_task(watch_client(receive, inbox))
-        service.inboxes.add(inbox)
+        self.start, self.began = time.monotonic(), dict[int, float]()  # by choice
         answer: Any = None
-        self.begun, status = False, 200
-        with served.in_use():
+        self.begun, status = False, LEFT
+        with served.in_use(), service.awaiting() as inbox:
+            watch = loop.create_task(watch_client(receive, inbox))
             try:
                 answer = await loop.run_in_executor(
                     service.beginners, served.begin, self.asked, inbox, self.streamed
@@ -58,19 +55,20 @@ class Answering(Response):
                 else:
                     await self.collect(answer, inbox)
                     await JSONResponse(answer.whole())(scope, receive, send)
-                self.count(answer)
-            except (Left, OSError):  # OSError: the connection broke while it was written to
-                status = 499  # nginx's number for it
+                status = 200
+            except Left:
+                pass
             except Exception as error:
                 told = of_model(error, {*self.asked, served.field}, service.retry_after_s())
                 status = told.status
-                await self.tell(told, scope, receive, send)
+                log_failure(served.route, served.name, error, told)
+                with contextlib.suppress(Left):
+                    await self.tell(told, scope, receive, send)
             finally:
-                alarm.cancel()
                 watch.cancel()
-                service.inboxes.discard(inbox)
                 if answer is not None:
                     answer.cancel()
+                    self.count(answer)
                 service.ended(served, served.route, status, time.monotonic() - self.start)
 
     async def collect(self, answer: Any, inbox: Inbox) -> None:
@@ -100,14 +98,16 @@ class Answering(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def take(self, inbox: Inbox) -> list[Any]:
-        """What came of the answer; raises what ended it."""
-        events = await inbox.take(SILENCE_S)
-        for event in events:
-            error = event if isinstance(event, Exception) else event[1]
-            if isinstance(error, Exception):
-                raise error
-        if events and not self.first:
-            self.first = time.monotonic()
+        """What came of the answer, and how fast; raises what ended it."""
+        events = await inbox.take()
+        metrics, name, now = self.service.metrics, self.served.name, time.monotonic()
+        if self.streamed and events and not self.began:
+            metrics.first_token.labels(name).observe(now - self.start)
+        for choice, event in events:
+            took = now - self.began.setdefault(choice, now)
+            tokens = getattr(event, "completion_tokens", 0)  # of a Completion
+            if self.streamed and tokens > 1 and took > 0:
+                metrics.speed.labels(name).observe((tokens - 1) / took)
         return events
 
     async def tell(self, error: ApiError, scope: Message, receive: Receive, send: Send) -> None:
@@ -117,17 +117,24 @@ class Answering(Response):
         await send({"type": "http.response.body", "body": data(error.body), "more_body": False})
 
     def count(self, answer: Any) -> None:
-        metrics, name, usage = self.service.metrics, self.served.name, answer.usage()
+        """The tokens that were computed, also of an answer that nobody got."""
+        metrics, name = self.service.metrics, self.served.name
+        usage = answer.usage() if answer.is_whole else usage_so_far(answer)
         cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
         metrics.prompt_tokens.labels(name).inc(usage["prompt_tokens"])
         metrics.cached_tokens.labels(name).inc(cached)
         metrics.cache_hits.labels(name).inc(bool(cached))
         metrics.generated_tokens.labels(name).inc(usage["completion_tokens"])
-        if self.streamed:
-            metrics.first_token.labels(name).observe(self.first - self.start)
-            took = time.monotonic() - self.first
-            if usage["completion_tokens"] > 1 and took > 0:
-                metrics.speed.labels(name).observe((usage["completion_tokens"] - 1) / took)
+
+
+def usage_so_far(answer: Any) -> dict[str, Any]:
+    """The usage of an answer that was given up: of its prompts, those that were read."""
+    read = [sequence for sequence in answer.sequences[:: answer.n] if sequence.generated]
+    return {
+        "prompt_tokens": sum(len(sequence.prompt) for sequence in read),
+        "completion_tokens": sum(sequence.generated for sequence in answer.sequences),
+        "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in read)},
+    }
 
 
 def flag(values: Any, name: str) -> bool:
@@ -146,3 +153,18 @@ async def watch_client(receive: Receive, inbox: Inbox) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     inbox.receive(Left())
+
+
+def heard(send: Send) -> Send:
+    """`send`, which raises Left if the connection broke.
+
+    OSErrors of the model, for lack of memory say, are no client's that left.
+    """
+
+    async def send_or_leave(message: Message) -> None:
+        try:
+            await send(message)
+        except OSError as error:
+            raise Left from error
+
+    return send_or_leave

@@ -3,6 +3,7 @@
 https://platform.openai.com/docs/guides/error-codes
 """
 
+import logging
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 
 from slm.errors import one_line
+from slm.redaction import redacted
+
+log = logging.getLogger("slm.serve")
 
 INVALID, SERVER = "invalid_request_error", "server_error"
 
@@ -27,12 +31,18 @@ class ApiError(Exception):
         kind: str = "",
         headers: dict[str, str] | None = None,
     ) -> None:
+        message, param = encodable(message), param and encodable(param)
         super().__init__(message)
         self.status, self.headers = status, headers or {}
         kind = kind or (INVALID if status < 500 else SERVER)
         self.body = {
             "error": {"message": message, "type": kind, "param": param, "code": code},
         }
+
+
+def encodable(text: str) -> str:
+    """A text of a request that UTF-8 can spell: JSON may hold half a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Left(Exception):
@@ -73,8 +83,19 @@ def of_model(error: Exception, fields: Iterable[str], retry_after_s: int) -> Api
         return ApiError(500, f"the model failed: {type(error).__name__}: {one_line(error)}")
     status = error.get_http_status_code()
     if status == 429:
-        return busy(str(error.message), retry_after_s)
+        return busy(error.message, retry_after_s)
     first = re.match(r"\w+", error.message)
     param = first[0] if first and first[0] in {*fields} else None
     code: Any = error.json_kwargs.get("code") if status == 400 else None
-    return ApiError(status, str(error.message), code=code, param=param)
+    message = redacted(error.message) if status >= 500 else error.message
+    return ApiError(status, message, code=code, param=param)
+
+
+def log_failure(route: str, name: str, error: Exception, told: ApiError) -> None:
+    """A model that failed, with its traceback; what a request or the server did is told alone.
+
+    MLflow's scoring server calls some failures bad requests, with the trace of a stack.
+    """
+    failed = told.status >= 500 or "stack_trace" in getattr(error, "json_kwargs", ())
+    if failed and error is not told:
+        log.error("%s: %s failed", route, name, exc_info=error)

@@ -6,6 +6,7 @@ import logging
 from slm.config import Config
 from slm.errors import StepError, one_line
 from slm.running.memory import available_memory_gb
+from slm.serving.inbox import in_daemon
 from slm.serving.models import Served, alias_of, load, pinned_uri
 from slm.serving.service import Service
 
@@ -24,7 +25,8 @@ class Follower:
 
     def __init__(self, service: Service, config: Config) -> None:
         self.service, self.config = service, config
-        self.failed: dict[str, float] = {}  # by version: when it may be tried again
+        # By name and version: when it may be tried again.
+        self.failed: dict[tuple[str, str], float] = {}
 
     async def follow(self, models: list[Served]) -> None:
         """Until it is cancelled."""
@@ -32,23 +34,28 @@ class Follower:
         if not any(followed.values()):
             log.warning("follow: no model_uri names an alias, so there is nothing to follow")
             return
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.config.serve.follow_every_s)
             for served in list(self.service.models.values()):
-                now = loop.time()
-                if not followed.get(served.name):
-                    continue
-                named = ""
-                try:
-                    _, named = await loop.run_in_executor(None, pinned_uri, served.uri)
-                    if self.failed.get(named, 0) > now or named == served.version:
-                        continue
-                    self.service.add(await loop.run_in_executor(None, self.next, served))
-                except Exception as error:  # the one that serves goes on
-                    self.failed[named] = now + TRIES_AGAIN_S if named else 0
-                    self.service.metrics.failures.labels(served.name).inc()
-                    log.error("%s: still %s: %s", served.name, served.model.uri, one_line(error))
+                if followed.get(served.name):
+                    await self.look(served)
+
+    async def look(self, served: Served) -> None:
+        """Take up the version that the alias names now, if it is another one.
+
+        In threads that keep no process from ending: a registry may take minutes to be given up.
+        """
+        now, named = asyncio.get_running_loop().time, ""
+        try:
+            _, named = await in_daemon(pinned_uri, served.uri)
+            if self.failed.get((served.name, named), 0) > now() or named == served.version:
+                return
+            self.service.add(await in_daemon(self.next, served))
+        except Exception as error:  # the one that serves goes on
+            if named:  # otherwise the registry failed: it is asked again with the next look
+                self.failed[served.name, named] = now() + TRIES_AGAIN_S
+            self.service.metrics.failures.labels(served.name).inc()
+            log.error("%s: still %s: %s", served.name, served.model.uri, one_line(error))
 
     def next(self, served: Served) -> Served:
         """The version that the alias names now, loaded beside the one that serves."""

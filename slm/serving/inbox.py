@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+SILENCE_S = 15.0  # after which a request that waits says that it is alive
+
 
 class Courier:
     """Carries events into inboxes, with one wake-up of the loop for all that came meanwhile."""
@@ -51,8 +53,11 @@ class Inbox:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    async def take(self, patience_s: float) -> list[Any]:
-        """All events that are there, waiting for the first; none if it does not come in time."""
+    async def take(self, patience_s: float = SILENCE_S) -> list[Any]:
+        """All events that are there, waiting for the first; none if it does not come in time.
+
+        Each is of a choice, (choice, what). An error among them ends the request: it is raised.
+        """
         if not self.events:
             self.waiter = self.courier.loop.create_future()
             alarm = self.courier.loop.call_later(patience_s, self.wake)
@@ -62,6 +67,10 @@ class Inbox:
                 alarm.cancel()
                 self.waiter = None
         events, self.events = self.events, []
+        for event in events:
+            what = event if isinstance(event, Exception) else event[1]
+            if isinstance(what, Exception):
+                raise what
         return events
 
 

@@ -1,5 +1,7 @@
 """What /metrics tells Prometheus."""
 
+from typing import Any
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -43,9 +45,21 @@ class Metrics:
         self.generated_tokens = counter("generated_tokens", "Tokens of answers")
         self.first_token = histogram("time_to_first_token_seconds", "From the request", SECONDS)
         self.duration = histogram("request_seconds", "Until the answer was whole", SECONDS)
-        self.speed = histogram("tokens_per_second", "Of one answer, after its first token", SPEEDS)
+        self.speed = histogram("tokens_per_second", "Of one choice, after its first token", SPEEDS)
         self.version = gauge("model_info", "The version that is served", "version")
-        self.failures = counter("follow_failures", "New versions that could not be taken up")
+        self.failures = counter("follow_failures", "Tries to take up a new version that failed")
+
+    def count_sequences(self, runtimes: dict[str, Any]) -> None:
+        """Set the gauges of the queue; interfaces that share one are counted under the first."""
+        self.running.clear()
+        self.waiting.clear()
+        counted = []
+        for name, runtime in runtimes.items():
+            if runtime is None or not runtime.loaded or runtime in counted:
+                continue
+            counted.append(runtime)
+            self.running.labels(name).set(len(runtime.scheduler.open))
+            self.waiting.labels(name).set(len(runtime.scheduler.waiting))
 
     def page(self) -> bytes:
         return generate_latest(self.registry)

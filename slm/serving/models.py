@@ -8,8 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-import uuid
-from collections import deque
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,19 +23,16 @@ from slm.errors import InputError, StepError, one_line
 from slm.records import LoggedModel
 from slm.registry.names import version_uri
 from slm.running.memory import rss_mb
-from slm.running.tracking import local_path
+from slm.running.tracking import downloads, local_path
 from slm.seal import require_signed
-from slm.serving.errors import ApiError, busy
+from slm.serving.errors import ApiError
 from slm.serving.inbox import Inbox
-from slm_pyfunc.interface import NO_MATTER
-from slm_pyfunc.parameters import is_absent
+from slm.serving.one_by_one import OneByOne
 
 log = logging.getLogger("slm.serve")
 
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"  # OpenAI's routes
 QUESTION = "Say yes."  # the first thing that a model is asked
-# What MLflow's transformers flavor heeds of a chat; it drops the rest without a word.
-HEEDED = {"messages", "max_tokens", "max_completion_tokens", "temperature", "top_p"}
-WAITING = 64  # requests that may wait for a model that answers one by one
 
 
 @dataclass(eq=False)
@@ -51,7 +47,6 @@ class Served:
     uri: str  # as given: an alias may move
     model: LoggedModel
     pyfunc: Any
-    downloads: Path
     version: str = ""  # of the registered model, if an alias named it
     resident_mb: float = 0.0  # what the process took up for it
     created: int = field(default_factory=lambda: int(time.time()))
@@ -62,13 +57,13 @@ class Served:
         python_model = None
         if self.model.is_onnx:
             python_model = self.pyfunc.unwrap_python_model()
-        self.runtime = getattr(python_model, "runtime", None)
+        self.runtime: Any = getattr(python_model, "runtime", None)
         self.streams = hasattr(python_model, "begin")
         self.asked: Any = python_model if self.streams else OneByOne(self.pyfunc)
 
     @property
     def route(self) -> str:
-        return "/v1/chat/completions" if self.model.interface == "chat" else "/v1/completions"
+        return CHAT if self.model.interface == "chat" else TEXT
 
     @property
     def field(self) -> str:
@@ -115,31 +110,42 @@ class Served:
     def close_if_over(self) -> None:
         if self.replaced and not self.under_way and self.pyfunc is not None:
             log.info("%s: the last answer of %s has ended", self.name, self.model.uri)
+            held = [self.pyfunc, self.asked, self.runtime]
             self.pyfunc = self.asked = self.runtime = None
-            threading.Thread(target=self.free, name="free", daemon=True).start()
+            threading.Thread(target=free, args=(held,), name="free", daemon=True).start()
 
-    def free(self) -> None:
-        gc.collect()
-        shutil.rmtree(self.downloads, ignore_errors=True)
+
+def free(held: list[Any]) -> None:
+    """Drop what holds a model, which takes its time; its memory and files go with it."""
+    held.clear()
+    gc.collect()
 
 
 def load(uri: str, signing: Signing, settings: dict[str, Any]) -> Served:
-    """Download, verify and load a model, and have it answer."""
+    """Download, verify and load a model, and have it answer.
+
+    What was downloaded lasts as long as the model, which reads some files only when they are
+    needed. Interfaces of the same weights share a runtime, and so the files of one of them.
+    """
     start, before = time.monotonic(), rss_mb()
-    downloads = Path(tempfile.mkdtemp(prefix="slm-serve-"))
+    files = Path(tempfile.mkdtemp(prefix="serve-", dir=downloads().name))
     try:
         pinned, version = pinned_uri(uri)
-        folder = local_path(pinned, "model_uri", "register", downloads)
+        folder = local_path(pinned, "model_uri", "register", files)
         model = LoggedModel.load(str(folder))
         require_signed([str(folder)], signing)
         own = settings if model.is_onnx else {}
         pyfunc = mlflow.pyfunc.load_model(str(folder), suppress_warnings=True, model_config=own)
-        served = Served(name_of(uri, model), uri, model, pyfunc, downloads, version)
+        served = Served(name_of(uri, model), uri, model, pyfunc, version)
         served.answer()
         served.resident_mb = rss_mb() - before
     except BaseException:
-        shutil.rmtree(downloads, ignore_errors=True)
+        shutil.rmtree(files, ignore_errors=True)
         raise
+    finally:
+        mlflow.models.model.__mlflow_model__ = None  # MLflow 3.17 would keep the last one loaded
+    owner = pyfunc if served.runtime is None else served.runtime
+    weakref.finalize(owner, shutil.rmtree, files, ignore_errors=True)
     log.info("%s: loaded %s in %.1f s", served.name, model.uri, time.monotonic() - start)
     return served
 
@@ -165,104 +171,6 @@ def name_of(uri: str, model: LoggedModel) -> str:
     """The registered name in models:/name@alias or models:/name/version; else the model's own."""
     registered = re.fullmatch(r"models:/([^@/]+)(@.+|/.+)", uri)
     return registered[1] if registered else model.name
-
-
-class OneByOne:
-    """A chat model that answers in one piece, and one request after the other.
-
-    The transformers flavor, and ONNX models of earlier versions of the project.
-    """
-
-    def __init__(self, pyfunc: Any) -> None:
-        self.pyfunc = pyfunc
-        self.lock = threading.Lock()  # guards `waiting` and `working`
-        self.waiting: deque[tuple[dict[str, Any], Inbox, WholeAnswer]] = deque()
-        self.working = False
-
-    def begin(self, request: dict[str, Any], inbox: Inbox, streamed: bool) -> "WholeAnswer":
-        body = {
-            name: value
-            for name, value in request.items()
-            if name not in NO_MATTER and not is_absent(value) and value is not False
-        }
-        if body.get("n") == 1:
-            del body["n"]
-        if unheeded := sorted(body.keys() - HEEDED):
-            raise ApiError(
-                400,
-                f"{unheeded[0]} is not served by this model; valid: {', '.join(sorted(HEEDED))}",
-                param=unheeded[0],
-            )
-        if body.get("temperature") == 0:
-            raise ApiError(
-                400, "temperature is 0, and this model samples: give more", param="temperature"
-            )
-        if "max_completion_tokens" in body:
-            body["max_tokens"] = body.pop("max_completion_tokens")
-        answer = WholeAnswer(request.get("model"))
-        with self.lock:
-            if len(self.waiting) >= WAITING:
-                raise busy(f"busy: {WAITING} requests wait. Ask again later.", 1)
-            self.waiting.append((body, inbox, answer))
-            if not self.working:
-                self.working = True
-                threading.Thread(target=self.work, name="one-by-one", daemon=True).start()
-        return answer
-
-    def work(self) -> None:
-        """Answer one after the other, while there are any."""
-        while True:
-            with self.lock:
-                if not self.waiting:
-                    self.working = False
-                    return
-                body, inbox, answer = self.waiting.popleft()
-            if answer.cancelled:
-                continue
-            try:
-                inbox.put((0, self.pyfunc.predict(body)))
-            except Exception as error:  # of whatever library: it is this request's
-                inbox.put((0, error))
-
-
-class WholeAnswer:
-    """What an Answer is to the server, of an answer that comes in one event."""
-
-    def __init__(self, model: str | None) -> None:
-        self.model, self.cancelled = model, False
-        self.completion: dict[str, Any] = {}
-
-    @property
-    def is_whole(self) -> bool:
-        return bool(self.completion)
-
-    def take(self, choice: int, event: Any) -> list[dict[str, Any]]:
-        completion = event[0] if isinstance(event, list) else event
-        self.completion = {**completion, "id": f"chatcmpl-{uuid.uuid4().hex}"}
-        self.completion["model"] = self.model or completion["model"]
-        chunk = {**self.completion, "object": "chat.completion.chunk"}
-        del chunk["usage"]
-        chunk["choices"] = [
-            {"index": c["index"], "delta": c["message"], "finish_reason": c["finish_reason"]}
-            for c in completion["choices"]
-        ]
-        return [chunk]
-
-    def whole(self) -> dict[str, Any]:
-        return self.completion
-
-    def usage(self) -> dict[str, Any]:
-        return self.completion["usage"]
-
-    @property
-    def head(self) -> dict[str, Any]:
-        names = ("id", "created", "model")
-        kept = {name: self.completion[name] for name in names}
-        return {**kept, "object": "chat.completion.chunk"}
-
-    def cancel(self) -> None:
-        """It does not begin, if it has not; what is computed is computed to its end."""
-        self.cancelled = True
 
 
 def require_distinct(models: list[Served]) -> None:

@@ -6,8 +6,8 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -15,11 +15,18 @@ import uvicorn
 
 from slm.config import Config
 from slm.errors import InputError
+from slm.running.summary import INTERRUPTED
+from slm.running.tracking import downloads
+from slm.serving.connection import Connection, connections
 from slm.serving.follow import Follower
+from slm.serving.guard import API_KEY, LOOPBACK, api_key
+from slm.serving.inbox import in_daemon
 from slm.serving.models import load, require_distinct
-from slm.serving.service import API_KEY, LOOPBACK, Service, application
+from slm.serving.service import Service, application
 
 log = logging.getLogger("slm.serve")
+
+LAST_S = 5  # after serve.shutdown_s, in which the process ends by itself
 
 
 def serve(config: Config) -> None:
@@ -28,21 +35,12 @@ def serve(config: Config) -> None:
     It listens at once, and answers when all models have. Raises what kept one from loading.
     """
     uris, service = uris_of(config.model_uri), Service(config.serve)
+    options = options_of(service)
     listener = listening(config.serve.host, config.port)
     host, port = listener.getsockname()[:2]
-    if config.serve.host not in LOOPBACK and API_KEY not in os.environ:
+    if config.serve.host not in LOOPBACK and not api_key():
         log.warning("anybody who reaches %s may ask: set %s to a key of your choice", host, API_KEY)
     log.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    options = uvicorn.Config(
-        application(service),  # type: ignore[arg-type]
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        http="h11",  # which bounds a request's head; httptools does not
-        timeout_keep_alive=75,  # longer than proxies', which would meet a closed connection
-        timeout_graceful_shutdown=round(config.serve.shutdown_s) + 5,  # if `stop` did not do
-    )
     server = Server(options, service)
     with asyncio.Runner(loop_factory=options.get_loop_factory()) as runner:
         runner.run(server.run_with(listener, uris, config))
@@ -50,6 +48,21 @@ def serve(config: Config) -> None:
         raise server.error
     if server.interrupted:
         raise KeyboardInterrupt
+
+
+def options_of(service: Service) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        application(service),  # type: ignore[arg-type]
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        http=connections(service.settings.timeout_s),  # h11's: httptools bounds no request's head
+        timeout_keep_alive=75,  # longer than proxies', which would meet a closed connection
+        # If `stop` did not do.
+        timeout_graceful_shutdown=round(service.settings.shutdown_s) + 2,
+    )
 
 
 class Server(uvicorn.Server):
@@ -70,12 +83,11 @@ class Server(uvicorn.Server):
 
     async def load(self, uris: list[str], config: Config) -> None:
         """Load the models one after the other, and follow their aliases if asked to."""
-        loop, service = asyncio.get_running_loop(), self.service
+        service, models = self.service, []
         try:
-            models = []
             for uri in uris:
-                load_one = partial(load, uri, config.signing, config.serve.settings)
-                models.append(await loop.run_in_executor(None, load_one))
+                one = uri, config.signing, config.serve.settings
+                models.append(await in_daemon(load, *one))
             require_distinct(models)
             for served in models:
                 service.add(served)
@@ -101,16 +113,39 @@ class Server(uvicorn.Server):
         self.interrupted |= number == signal.SIGINT
         if self.should_exit:
             self.force_exit = True
+            self.end_in(1)
             return
         self.should_exit = True
         under_way, limit_s = len(self.service.inboxes), self.service.settings.shutdown_s
+        self.end_in(limit_s + LAST_S)
         log.info("stopping: %d requests are under way, for at most %g s", under_way, limit_s)
         loop = asyncio.get_running_loop()
         loop.call_soon_threadsafe(self.stop, limit_s)
 
     def stop(self, limit_s: float) -> None:
         self.service.stopping = True
-        asyncio.get_running_loop().call_later(limit_s, self.service.stop)
+        asyncio.get_running_loop().call_later(limit_s, self.end_requests)
+
+    def end_requests(self) -> None:
+        self.service.stop()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):  # of a client that does not read the error
+                connection.abort_if_stalled()
+
+    def end_in(self, seconds: float) -> None:
+        """End the process, if it has not ended by then.
+
+        The interpreter waits for threads of libraries, as those in which MLflow 3.17 downloads.
+        """
+        last = threading.Timer(seconds, end_now, [INTERRUPTED if self.interrupted else 0])
+        last.daemon = True
+        last.start()
+
+
+def end_now(exit_code: int) -> None:
+    log.warning("stopped, though a thread goes on")
+    downloads().cleanup()
+    os._exit(exit_code)
 
 
 def listening(host: str, port: int) -> socket.socket:

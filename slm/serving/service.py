@@ -1,47 +1,32 @@
 """The routes: OpenAI's, MLflow's, and those for whoever watches over the server."""
 
 import asyncio
-import hmac
-import json
-import logging
-import os
-import time
-from collections.abc import Awaitable, Callable, MutableMapping
+import contextlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from mlflow.exceptions import MlflowException
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from slm.config.use import Serve
-from slm.errors import one_line
 from slm.redaction import redacted
-from slm.serving.answering import Answering
-from slm.serving.errors import ApiError, not_now
-from slm.serving.inbox import Courier, Inbox, in_daemon
+from slm.serving.answering import LEFT, Answering
+from slm.serving.errors import ApiError, not_now, took_too_long
+from slm.serving.guard import Guard, read_body, read_json
+from slm.serving.inbox import Courier, Inbox
 from slm.serving.metrics import CONTENT_TYPE, Metrics
-from slm.serving.models import Served
+from slm.serving.models import CHAT, TEXT, Served
+from slm.serving.scoring import INVOCATIONS, Scorers, score
 
-log = logging.getLogger("slm.serve")
-
-API_KEY = "SLM_API_KEY"  # the environment variable of the key that clients have to send
-OPEN = ("/", "/health", "/ready", "/ping", "/metrics", "/version")  # without a key
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-BODY_S = 60  # seconds in which a request's body has to arrive
-CHAT, TEXT, INVOCATIONS = "/v1/chat/completions", "/v1/completions", "/invocations"
 # The page may ask this server alone, and run only what is in it.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 
 class Service:
@@ -56,21 +41,32 @@ class Service:
         self.stopping = False
         self.request_s = 1.0  # how long a request takes, on a moving average
         self.beginners = ThreadPoolExecutor(4, "begin")  # templates, tokens and grammars
-        self.scorers = asyncio.Semaphore(128)
+        self.scorers = Scorers()
 
     def add(self, served: Served) -> None:
         """Serve a model, in place of the one that had its name; from the loop's thread."""
         before = self.models.get(served.name)
         self.models[served.name] = served
-        self.metrics.version.labels(served.name, served.model.model_id).set(1)
         if before is not None:
             self.metrics.version.remove(served.name, before.model.model_id)
             before.replace()
+        # Last: two versions may be one logged model.
+        self.metrics.version.labels(served.name, served.model.model_id).set(1)
 
-    def inbox(self) -> Inbox:
+    @contextlib.contextmanager
+    def awaiting(self) -> Iterator[Inbox]:
+        """The inbox of a request under way: it is told when its time is over, or the server's."""
+        loop, limit_s = asyncio.get_running_loop(), self.settings.timeout_s
         if self.courier is None:
-            self.courier = Courier(asyncio.get_running_loop())
-        return Inbox(self.courier)
+            self.courier = Courier(loop)
+        inbox = Inbox(self.courier)
+        alarm = loop.call_later(limit_s, lambda: inbox.receive(took_too_long(limit_s)))
+        self.inboxes.add(inbox)
+        try:
+            yield inbox
+        finally:
+            alarm.cancel()
+            self.inboxes.discard(inbox)
 
     def find(self, name: Any, route: str) -> Served:
         """The model that a body asks for; the only one if it does not say."""
@@ -160,11 +156,8 @@ def application(service: Service) -> "Guard":
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        for served in service.models.values():
-            if served.runtime is not None and served.runtime.loaded:
-                scheduler = served.runtime.scheduler
-                service.metrics.running.labels(served.name).set(len(scheduler.open))
-                service.metrics.waiting.labels(served.name).set(len(scheduler.waiting))
+        runtimes = {served.name: served.runtime for served in service.models.values()}
+        service.metrics.count_sequences(runtimes)
         return Response(service.metrics.page(), media_type=CONTENT_TYPE)
 
     @app.get("/")
@@ -176,6 +169,10 @@ def application(service: Service) -> "Guard":
     async def told(request: Request, error: ApiError) -> Response:
         return JSONResponse(error.body, error.status, error.headers)
 
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=LEFT)  # to nobody: it left before its body was here
+
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
@@ -186,75 +183,7 @@ def application(service: Service) -> "Guard":
         told = ApiError(500, f"the server failed: {type(error).__name__}")
         return JSONResponse(told.body, told.status)
 
-    return Guard(app, service)
-
-
-class Guard:
-    """Lets in who may ask, and logs a fault without what is secret in it."""
-
-    def __init__(self, app: FastAPI, service: Service) -> None:
-        self.app, self.service = app, service
-        self.key = os.environ.get(API_KEY, "").encode()
-        self.is_local = service.settings.host in LOOPBACK
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
-        if error := self.refusal(scope["path"], headers):
-            return await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
-        try:
-            await self.app(scope, receive, send)
-        except Exception:  # it was answered by `fault`, if nothing was before
-            log.exception("%s %s failed", scope["method"], scope["path"])
-
-    def refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
-        if self.is_local:  # a page of another site, by a name of its own for this address
-            host = headers.get(b"host", b"127.0.0.1").decode("latin-1").rpartition(":")
-            if (host[0] or host[2]) not in LOOPBACK and "".join(host) not in LOOPBACK:
-                return ApiError(403, f"the server answers for 127.0.0.1, not for {''.join(host)}")
-        if not self.key or path in OPEN:
-            return None
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.key):
-            return None
-        return ApiError(
-            401,
-            "the API key is missing or wrong: send it as Authorization: Bearer <key>",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-
-
-async def read_body(request: Request, max_mb: float) -> bytes:
-    """The body of a request; ApiError if it is too large, or does not arrive."""
-    too_large = ApiError(413, f"the body is larger than serve.max_body_mb={max_mb:g}")
-    limit = int(max_mb * 1e6)
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                body += part
-                if len(body) > limit:
-                    raise too_large
-    except TimeoutError as error:
-        raise ApiError(408, f"the body did not arrive in {BODY_S} s") from error
-    return bytes(body)
-
-
-def read_json(data: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(data)
-    except ValueError as error:  # UnicodeDecodeError too
-        raise ApiError(400, f"the body is no JSON: {one_line(error)}") from error
-    except RecursionError as error:
-        raise ApiError(400, "the body is nested too deep") from error
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    return body
+    return Guard(app, service.settings)
 
 
 def described(served: Served) -> dict[str, Any]:
@@ -268,29 +197,3 @@ def described(served: Served) -> dict[str, Any]:
         "uri": redacted(served.uri),
         "logged_model": served.model.model_id,
     }
-
-
-async def score(service: Service, data: bytes, request: Request) -> Response:
-    """What MLflow's scoring server answers, by its own code; ?model= tells several apart."""
-    from mlflow.pyfunc import scoring_server
-
-    served = service.find(request.query_params.get("model"), "")
-    start = time.monotonic()
-    content_type = request.headers.get("content-type", "")
-    with served.in_use():
-        model = served.pyfunc
-        schema = model.metadata.get_input_schema()
-        arguments = data, content_type, model, schema
-        try:
-            async with service.scorers:
-                result = await in_daemon(scoring_server.invocations, *arguments)
-            response = Response(result.response, result.status, media_type=result.mimetype)
-        except MlflowException as error:
-            status = error.get_http_status_code()
-            response = Response(
-                redacted(error.serialize_as_json()), status, media_type="application/json"
-            )
-            if status == 429:
-                response.headers["Retry-After"] = str(service.retry_after_s())
-    service.ended(served, INVOCATIONS, response.status_code, time.monotonic() - start)
-    return response

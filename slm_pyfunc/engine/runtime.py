@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..parameters import Parameters, RequestError, TooLong, require_text
-from ..settings import Settings
+from ..settings import PROVIDERS, Settings
 from ..tokenizer import Tokenizer
 from .batch_decoder import BatchDecoder
 from .cores import Turn, available_cores
@@ -26,7 +26,6 @@ from .lookup import PromptLookup
 from .sampling import Sampler, log_softmax
 from .scheduler import Completion, Events, Scheduler, Sequence, receive
 
-PROVIDERS = ("cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx")
 Prompt = str | list[int]  # a text, or the tokens of one
 LOADED: "weakref.WeakSet[Runtime]" = weakref.WeakSet()
 

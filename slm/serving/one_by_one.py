@@ -1,0 +1,169 @@
+"""A model that answers in one piece, and one request after the other.
+
+The transformers flavor, and ONNX models of earlier versions of the project.
+"""
+
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from slm.serving.errors import ApiError, busy
+from slm.serving.inbox import Inbox
+from slm_pyfunc.chat import read_message
+from slm_pyfunc.interface import NO_MATTER
+from slm_pyfunc.parameters import Parameters, RequestError, is_absent
+
+# What MLflow's transformers flavor heeds of a chat; it drops the rest without a word.
+PARAMETERS = ("max_tokens", "temperature", "top_p")
+HEEDED = {"messages", "max_completion_tokens", *PARAMETERS}
+MOST_TOKENS = 2**31 - 1  # where no context length is known; MLflow cannot take more
+WAITING = 64  # requests that may wait
+
+
+@dataclass(eq=False)
+class Place:
+    """A piece of work in the queue; its outcome goes into the inbox."""
+
+    work: Callable[[], Any]
+    inbox: Inbox
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """It does not begin, if it has not; what is computed is computed to its end."""
+        self.cancelled = True
+
+
+class OneByOne:
+    """The queue before a model, and the thread that works it off."""
+
+    def __init__(self, pyfunc: Any) -> None:
+        self.pyfunc, self.most_tokens = pyfunc, context_length(pyfunc)
+        self.lock = threading.Lock()  # guards `waiting` and `working`
+        self.waiting: deque[Place] = deque()
+        self.working = False
+
+    def begin(self, request: dict[str, Any], inbox: Inbox, streamed: bool) -> "WholeAnswer":
+        """Queue the answer to a chat; ApiError if a field is wrong, or too many wait."""
+        work = partial(self.pyfunc.predict, chat_of(request, self.most_tokens))
+        return WholeAnswer(request.get("model"), self.queue(work, inbox))
+
+    def queue(self, work: Callable[[], Any], inbox: Inbox) -> Place:
+        place = Place(work, inbox)
+        with self.lock:
+            self.waiting = deque(other for other in self.waiting if not other.cancelled)
+            if len(self.waiting) >= WAITING:
+                raise busy(f"busy: {WAITING} requests wait. Ask again later.", 1)
+            self.waiting.append(place)
+            if not self.working:
+                self.working = True
+                threading.Thread(target=self.work, name="one-by-one", daemon=True).start()
+        return place
+
+    def work(self) -> None:
+        """Do one piece of work after the other, while there are any."""
+        while True:
+            with self.lock:
+                if not self.waiting:
+                    self.working = False
+                    return
+                place = self.waiting.popleft()
+            if place.cancelled:
+                continue
+            try:
+                place.inbox.put((0, place.work()))
+            except Exception as error:  # of whatever library: it is this request's
+                place.inbox.put((0, error))
+
+
+def context_length(pyfunc: Any) -> int:
+    """Of a transformers pipeline: an answer past it would keep all others waiting."""
+    config = getattr(getattr(pyfunc.get_raw_model(), "model", None), "config", None)
+    return getattr(config, "max_position_embeddings", MOST_TOKENS)
+
+
+def chat_of(request: dict[str, Any], most_tokens: int) -> dict[str, Any]:
+    """What a request asks of MLflow's transformers flavor; ApiError if it does not serve that."""
+    body = {
+        name: value
+        for name, value in request.items()
+        if name not in NO_MATTER and not is_absent(value) and value is not False
+    }
+    if body.get("n") == 1:
+        del body["n"]
+    if unheeded := sorted(body.keys() - HEEDED):
+        raise ApiError(
+            400,
+            f"{unheeded[0]} is not served by this model; valid: {', '.join(sorted(HEEDED))}",
+            param=unheeded[0],
+        )
+    if "max_completion_tokens" in body:
+        body["max_tokens"] = body.pop("max_completion_tokens")
+    try:
+        return {
+            "messages": messages_of(request.get("messages")),
+            **parameters_of(body, most_tokens),
+        }
+    except RequestError as error:
+        param = str(error).partition(" ")[0].partition("[")[0]
+        raise ApiError(400, str(error), code=error.code, param=param) from error
+
+
+def messages_of(messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(f"messages is {messages!r}; it must be a list of at least one message")
+    return [read_message(index, message, None) for index, message in enumerate(messages)]
+
+
+def parameters_of(body: dict[str, Any], most_tokens: int) -> dict[str, Any]:
+    """The parameters that are given, within their limits; RequestError otherwise."""
+    given = [name for name in PARAMETERS if name in body]
+    parameters = Parameters.of({name: body[name] for name in given})
+    if "temperature" in given and parameters.temperature == 0:
+        raise RequestError("temperature is 0, and this model samples: give more")
+    if parameters.max_tokens > most_tokens:
+        raise RequestError(
+            f"max_tokens is {parameters.max_tokens}; it must be at most {most_tokens}"
+        )
+    return {name: getattr(parameters, name) for name in given}
+
+
+class WholeAnswer:
+    """What an Answer is to the server, of an answer that comes in one event."""
+
+    n, sequences = 1, ()  # its tokens are known once it is whole
+
+    def __init__(self, model: str | None, place: Place) -> None:
+        self.model, self.cancel = model, place.cancel
+        self.completion: dict[str, Any] = {}
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.completion)
+
+    def take(self, choice: int, event: Any) -> list[dict[str, Any]]:
+        completion = event[0] if isinstance(event, list) else event
+        self.completion = {**completion, "id": f"chatcmpl-{uuid.uuid4().hex}"}
+        self.completion["model"] = self.model or completion["model"]
+        chunk = {**self.completion, "object": "chat.completion.chunk"}
+        del chunk["usage"]
+        chunk["choices"] = [
+            {"index": c["index"], "delta": c["message"], "finish_reason": c["finish_reason"]}
+            for c in completion["choices"]
+        ]
+        return [chunk]
+
+    def whole(self) -> dict[str, Any]:
+        return self.completion
+
+    def usage(self) -> dict[str, Any]:
+        return self.completion["usage"]
+
+    @property
+    def head(self) -> dict[str, Any]:
+        names = ("id", "created", "model")
+        kept = {name: self.completion[name] for name in names}
+        return {**kept, "object": "chat.completion.chunk"}
