@@ -17,7 +17,8 @@ from .dialects import DIALECTS, Dialect
 from .engine.runtime import Runtime
 from .engine.scheduler import Completion, Events, LogProbability, Sequence, receive
 from .interface import Answer, header, mlflow_errors, open_runtime, require_known
-from .parameters import Parameters, RequestError, is_absent, require_text
+from .parameters import Parameters, RequestError, is_absent
+from .plain import require_text
 from .tokenizer import Tokenizer
 from .tools import NOTHING, Tools, as_content, read_calls, read_tools
 
@@ -202,14 +203,15 @@ def read_request(
     messages = request.get("messages")
     messages = list(messages) if isinstance(messages, np.ndarray) else messages
     request = {name: value for name, value in request.items() if not is_absent(value)}
-    if value := request.get("stream"):
-        raise RequestError(f"stream is {value!r}; this model does not serve it; use predict_stream")
     if "max_completion_tokens" in request:  # OpenAI's newer name
         request["max_tokens"] = request["max_completion_tokens"]
+    parameters = Parameters.of(request, runtime.defaults)  # first: it looks at every field
+    if value := request.get("stream"):
+        raise RequestError(f"stream is {value!r}; this model does not serve it; use predict_stream")
     if not isinstance(messages, list) or not messages:
         raise RequestError(f"messages is {messages!r}; it must be a list of at least one message")
     read = [read_message(index, message, dialect) for index, message in enumerate(messages)]
-    parameters, tools = Parameters.of(request, runtime.defaults), read_tools(request, dialect)
+    tools = read_tools(request, dialect)
     if tools is None:
         return Asked(runtime.encode_chat(read), parameters, None)
     prompt = runtime.encode_chat(tools.with_tools(read), tools.rendered, tools.begins)
@@ -241,7 +243,10 @@ def read_message(index: int, message: Any, dialect: Dialect | None) -> dict[str,
             raise RequestError(
                 f"{where}.content has parts that are not text; this model reads text"
             )
-        content = "".join(str(part.get("text", "")) for part in parts)
+        content = "".join(
+            require_text(f"{where}.content[{at}].text", part.get("text"))
+            for at, part in enumerate(parts)
+        )
     read = {"role": role, "content": require_text(f"{where}.content", content)}
     if dialect is not None:
         if not is_absent(calls):

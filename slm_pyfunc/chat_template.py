@@ -9,6 +9,7 @@ there, `.replace()` and filters raise, and it knows no trim_blocks.
 import contextlib
 import datetime
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .parameters import RequestError
 # Private use characters. One that the prompt lacks stands inside the control tokens of contents
 # while the template is rendered.
 MARKS = range(0xF0000, 0x10FFFE)
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 # Conversations that show what a template writes around contents.
 SAID = "\u00a7"
 PROBES = [
@@ -148,11 +150,21 @@ def to_json(
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
+    allow_nan: bool = True,
 ) -> str:
-    """JSON as it is; jinja2's own filter escapes HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    """JSON as it is; jinja2's own filter escapes HTML.
+
+    Half a surrogate pair, which arguments of a call may hold as an escape, stays one.
+    """
+    text = json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+        allow_nan=allow_nan,
     )
+    return HALF_PAIR.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def raise_exception(message: str) -> None:

@@ -24,6 +24,7 @@ from .engine.decoder import ExecutionProviderUnavailable
 from .engine.runtime import Runtime, require_digests
 from .engine.scheduler import Busy, Completion, Sequence
 from .parameters import AT_LOAD, Parameters, RequestError, is_absent
+from .plain import require_text
 from .verify import verify_at_load
 
 log = logging.getLogger(__name__)
@@ -173,6 +174,7 @@ def require_known(request: Mapping[str, Any], *own: str) -> None:
     known = parameters | NO_MATTER | {*own, "response_format"}
     for name, value in request.items():
         if name not in known and not is_absent(value) and value is not False:
+            require_text("the name of a field", name)
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; is it {near[0]}?" if near else ""
             raise RequestError(f"{name} is no field that this model serves{hint}")

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime_genai as og
 
 from .chat_template import ChatTemplate, read_json
-from .parameters import RequestError
+from .plain import RequestError, require_text
 
 
 class Tokenizer:
@@ -43,7 +43,7 @@ class Tokenizer:
         return ids_without_token(read_json(self.folder / "tokenizer.json"), self.rows)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text; RequestError where the tokenizer knows a part of it not."""
+        """The token ids of a text; RequestError if it has no token for a part of it."""
         tokens = [int(token) for token in self.tokenizer.encode(text)]
         if min(tokens, default=0) < 0:
             raise RequestError("prompt has characters that are not in the model's vocabulary")
@@ -88,7 +88,8 @@ class Tokenizer:
         """
         *pieces, last = self.template.pieces(messages, tools)
         pieces.append(last + begins)
-        return [token for piece in pieces for token in self.encode_alone(piece)]
+        texts = [require_text("messages", piece) for piece in pieces]
+        return [token for text in texts for token in self.encode_alone(text)]
 
     def stream(self, stop: tuple[str, ...] = ()) -> "TextStream":
         return TextStream(self.tokenizer.create_stream(), stop)
@@ -119,7 +120,12 @@ class Tokenizer:
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())
             raise RequestError(f"response_format.json_schema.schema is not a JSON schema: {reason}")
-        return Grammar(matcher, self.guide.vocab_size, self.rows)
+        made = Grammar(matcher, self.guide.vocab_size, self.rows)
+        try:
+            made.within(np.zeros(self.rows, np.float32))
+        except RuntimeError as error:  # no text fits it, as none does {"$ref": "#"}
+            raise RequestError(str(error)) from error
+        return made
 
 
 class TextStream:
@@ -170,7 +176,7 @@ class Grammar:
         fill_next_token_bitmask(self.matcher, self.mask)
         allowed = np.unpackbits(self.mask.view(np.uint8), bitorder="little")[: self.rows]
         if self.matcher.is_error() or not allowed.any():
-            reason = " ".join(self.matcher.get_error().split())
+            reason = " ".join(self.matcher.get_error().partition("<state>")[0].split())
             raise RuntimeError(f"response_format: no token fits the schema. {reason}".rstrip())
         return np.where(allowed, scores, np.float32(-np.inf))
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..parameters import Parameters, RequestError, TooLong, require_text
+from ..parameters import Parameters, RequestError, TooLong
+from ..plain import require_text
 from ..settings import Settings
 from ..tokenizer import Tokenizer
 from .batch_decoder import BatchDecoder
@@ -222,11 +223,10 @@ class Runtime:
         tokenizer.require_tokens("logit_bias", [token for token, _ in parameters.logit_bias])
         if not tokens:
             raise RequestError("prompt is empty; it must hold at least one token")
-        total = len(tokens) + parameters.max_tokens
-        if total > self.context_length:
+        if parameters.max_tokens > self.context_length - len(tokens):
             raise TooLong(
-                f"prompt is {len(tokens)} tokens, with max_tokens {parameters.max_tokens} that is "
-                f"{total}; the context length is {self.context_length}"
+                f"prompt is {len(tokens)} tokens and leaves no room for max_tokens "
+                f"{parameters.max_tokens}: the context length is {self.context_length}"
             )
         return tokens
 
