@@ -215,7 +215,9 @@ def read_request(
     if tools is None:
         return Asked(runtime.encode_chat(read), parameters, None)
     prompt = runtime.encode_chat(tools.with_tools(read), tools.rendered, tools.begins)
-    return Asked(prompt, replace(parameters, schema=tools.schema() or parameters.schema), tools)
+    if schema := tools.schema():  # it ends the answer: a stop string would cut the arguments
+        parameters = replace(parameters, schema=schema, stop=())
+    return Asked(prompt, parameters, tools)
 
 
 def read_message(index: int, message: Any, dialect: Dialect | None) -> dict[str, Any]:

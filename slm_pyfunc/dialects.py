@@ -10,7 +10,8 @@ class Dialect:
     A call stands between `opens` and `closes`; without `closes` it goes on to the end of the
     answer, without `opens` it is the whole answer. `begins` is what the prompt ends with where a
     call is forced. Templates that know no tools get them as the field `tools` of the system
-    message, and past calls as content, if `by_message`.
+    message, and past calls as content, if `by_message`. A template refuses a turn of several calls
+    if the dialect is `single`.
     """
 
     opens: str = ""
@@ -18,11 +19,12 @@ class Dialect:
     begins: str = ""
     arguments: str = "arguments"
     by_message: bool = False
+    single: bool = False
 
 
 DIALECTS = {
     "none": None,
     "hermes": Dialect("<tool_call>", "</tool_call>", "<tool_call>\n"),  # Qwen 2.5 and 3 too
-    "llama3": Dialect(arguments="parameters"),
+    "llama3": Dialect(arguments="parameters", single=True),
     "phi4": Dialect("functools[", begins="functools[", by_message=True),
 }
