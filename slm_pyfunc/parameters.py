@@ -12,6 +12,7 @@ import numpy as np
 from .plain import RequestError, require_plain, require_text
 
 MAX_STOP = 16
+MAX_TOKENS = 256  # of an answer, where neither the request nor the load says how many
 TOKEN_ID = re.compile(r"\d{1,18}")  # enough for any id; int() refuses 4,300
 # Small models fill free whitespace without end; llguidance reads this out of a schema.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -50,6 +51,8 @@ class Parameters:
 
     Signatures, defaults at load and checks are derived from the fields, so this is their only list.
 
+    - `max_tokens`: of the answer. None is the default of the load, or the room that is left in the
+      context if that is less.
     - `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
     - `frequency_penalty`, `presence_penalty`: taken from the logits of what the answer has already.
     - `logit_bias`: (id, bias) of tokens, added to their logits.
@@ -59,7 +62,9 @@ class Parameters:
     - `top_logprobs`: how many alternatives are listed beside each token's log-probability.
     """
 
-    max_tokens: int = limited(256, int, lambda v: v >= 1, "an integer of at least 1", at_load=True)
+    max_tokens: int | None = limited(
+        None, int, lambda v: v >= 1, "an integer of at least 1", at_load=True
+    )
     temperature: float = limited(
         0.0, NUMBER, lambda v: 0 <= v <= 100, "a number from 0 to 100", at_load=True
     )
@@ -104,9 +109,13 @@ class Parameters:
 
     @classmethod
     def of(cls, request: Mapping[str, Any], defaults: "Parameters | None" = None) -> "Parameters":
-        """Read a request's fields; what is absent, null or empty stays as in `defaults`."""
+        """Read a request's fields; what is absent, null or empty stays as in `defaults`.
+
+        An absent `max_tokens` becomes None, so that the default may be cut to the context's room.
+        """
         require_plain(request)
         values = {field.name: getattr(defaults or cls(), field.name) for field in fields(cls)}
+        values["max_tokens"] = None
         for name, value in request.items():
             value = value.item() if isinstance(value, np.generic) else value
             if is_absent(value) or name == "schema":

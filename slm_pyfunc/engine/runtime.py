@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..parameters import Parameters, RequestError, TooLong
+from ..parameters import MAX_TOKENS, Parameters, RequestError, TooLong
 from ..plain import require_text
 from ..settings import Settings
 from ..tokenizer import Tokenizer
@@ -67,6 +67,7 @@ class Runtime:
         )
         self.context_length: int = model["context_length"]
         self.defaults = Parameters.of(defaults or {}, generation_defaults(self.genai_config))
+        self.max_tokens = self.defaults.max_tokens or MAX_TOKENS
         self.loading = threading.Lock()
         self.load()
 
@@ -195,6 +196,7 @@ class Runtime:
             )
             raise RequestError(f"{asked}; max_batch_size and max_queue_size hold {room} answers")
         sequences = []
+        most = parameters.max_tokens or min(self.max_tokens, self.context_length - len(prompt))
         for choice in range(parameters.n):
             schema = parameters.schema
             grammar = self.tokenizer.grammar(schema) if schema is not None else None
@@ -205,7 +207,7 @@ class Runtime:
             drafted = self.settings.prompt_lookup_num_tokens if takes_drafts else 0
             sequences.append(
                 Sequence(
-                    *(prompt, parameters, sampler, text, end_tokens, events),
+                    *(prompt, parameters, sampler, text, end_tokens, events, most),
                     first + choice,
                     streamed,
                     lookup=PromptLookup(prompt, drafted) if drafted else None,
@@ -223,10 +225,12 @@ class Runtime:
         tokenizer.require_tokens("logit_bias", [token for token, _ in parameters.logit_bias])
         if not tokens:
             raise RequestError("prompt is empty; it must hold at least one token")
-        if parameters.max_tokens > self.context_length - len(tokens):
+        left, asked = self.context_length - len(tokens), parameters.max_tokens
+        if (asked or 1) > left:
+            words = "its answer" if asked is None else f"max_tokens {asked}"
             raise TooLong(
-                f"prompt is {len(tokens)} tokens and leaves no room for max_tokens "
-                f"{parameters.max_tokens}: the context length is {self.context_length}"
+                f"prompt is {len(tokens)} tokens and leaves no room for {words}: "
+                f"the context length is {self.context_length}"
             )
         return tokens
 

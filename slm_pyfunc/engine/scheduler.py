@@ -74,6 +74,7 @@ class Sequence:
     text: TextStream
     end_tokens: frozenset[int]
     events: Events
+    max_tokens: int
     choice: int = 0
     streamed: bool = False
     cancelled: bool = False
@@ -100,7 +101,7 @@ class Sequence:
             self.say(self.text.push(token))
         if ended or self.text.stopped:
             self.end("stop")
-        elif self.generated == self.parameters.max_tokens:
+        elif self.generated == self.max_tokens:
             self.end("length")
         else:
             return token
@@ -215,7 +216,7 @@ class Scheduler:
                 return
             self.waiting.remove(sequence)
             self.open.append(sequence)
-        length = len(sequence.prompt) + sequence.parameters.max_tokens
+        length = len(sequence.prompt) + sequence.max_tokens
         try:
             sequence.row = self.decoder.open(sequence.prompt, length)
         except Exception as error:  # its own: there may be no memory for one so long
@@ -242,7 +243,7 @@ class Scheduler:
     def draft_of(self, sequence: Sequence) -> list[int]:
         if sequence.lookup is None:
             return []
-        return sequence.lookup.draft(sequence.parameters.max_tokens - sequence.generated - 1)
+        return sequence.lookup.draft(sequence.max_tokens - sequence.generated - 1)
 
     def check(self, sequence: Sequence, token: int, draft: list[int]) -> None:
         """Compute a sequence's token and a draft in one call, and take what it chooses itself."""
