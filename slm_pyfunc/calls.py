@@ -17,8 +17,8 @@ PYTHON_TAG = "<|python_tag|>"  # Llama 3.1 may begin a call with it
 class FoundCalls:
     """Finds calls in an answer; the rest is its content.
 
-    A call is given once it is whole. What begins as one, and is no call of a tool of the request,
-    is content.
+    A call is given once it is whole. Text that begins like a call, and is no call of a tool of the
+    request, is content.
     """
 
     def __init__(self, dialect: Dialect, functions: Container[str], parallel: bool) -> None:
@@ -26,8 +26,8 @@ class FoundCalls:
         self.text = ""  # what may still be a call, or the beginning of its mark
         self.inside = False
         self.calls = 0
-        self.said = False  # content that is not space, since the last call
-        self.spaces = ""  # of content, until it is known what follows them
+        self.said = False  # whether there was text since the last call
+        self.spaces = ""  # that wait for what follows them
 
     def push(self, text: str) -> list[Delta]:
         self.text += text
@@ -43,7 +43,7 @@ class FoundCalls:
             self.text, self.inside = rest, False
 
     def find_open(self, deltas: list[Delta]) -> bool:
-        """Give the text before a call as content; whether there is a call."""
+        """Add the text before a call to the deltas; True if a call begins."""
         opens = self.dialect.opens
         if not opens:  # the answer is a call from its beginning, or has none
             if self.said:
@@ -67,7 +67,7 @@ class FoundCalls:
         return False
 
     def content(self, text: str) -> list[Delta]:
-        """Spaces before a word go with it; before a call, and after the last one, they are none."""
+        """Spaces wait for what follows: they are content before text, and dropped beside a call."""
         text = self.spaces + text
         if not self.said and not text.strip():
             self.spaces = text
@@ -106,7 +106,7 @@ class FoundCalls:
         return calls or None
 
     def call_in(self, value: Any) -> tuple[str, str]:
-        """Name and arguments; ValueError for what is no call, or would be no JSON, as NaN is."""
+        """Name and arguments; ValueError if the value is no call, or holds NaN, as no JSON may."""
         name = value.get("name") if isinstance(value, dict) else None
         if not isinstance(name, str) or name not in self.functions:
             raise ValueError(f"{name!r} is no function of the request")
@@ -116,7 +116,7 @@ class FoundCalls:
         return name, to_json(given, allow_nan=False)
 
     def end(self, reason: str) -> list[Delta]:
-        """What was held back."""
+        """What was held back in case it became a call."""
         text, self.text = self.text, ""
         deltas = self.close(text) if self.inside else self.content(text)
         if self.spaces and not self.calls:  # the answer is nothing else
@@ -127,7 +127,7 @@ class FoundCalls:
 class ForcedCall:
     """Reads the one call that a grammar let the model write, and gives its arguments as they come.
 
-    The grammar's JSON_STYLE fixes what stands around them: `key` is their name in the call.
+    JSON_STYLE fixes what the grammar writes around the arguments; `key` is their name in the call.
     """
 
     def __init__(self, key: str) -> None:
@@ -153,7 +153,7 @@ class ForcedCall:
         return [{"tool_calls": [{"index": 0, "function": {"arguments": text}}]}] if text else []
 
     def end(self, reason: str) -> list[Delta]:
-        """An answer that was cut short may end within the arguments, or after the call's own }."""
+        """The character that was held back, unless it is the call's own }."""
         if not self.calls or reason != "length" or (self.text == "}" and is_json(self.given)):
             return []
         return self.arguments(self.text)

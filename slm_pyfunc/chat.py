@@ -181,7 +181,7 @@ class ChatForm:
 
 
 def joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
-    """Content and calls of a message, out of the deltas of a stream that was not sent."""
+    """The content and calls of a whole message, put together from its deltas."""
     calls: list[dict[str, Any]] = []
     for call in (call for delta in deltas for call in delta.get("tool_calls", [])):
         if call["index"] == len(calls):

@@ -9,9 +9,9 @@ class Dialect:
 
     A call stands between `opens` and `closes`; without `closes` it goes on to the end of the
     answer, without `opens` it is the whole answer. `begins` is what the prompt ends with where a
-    call is forced. Templates that know no tools get them as the field `tools` of the system
-    message, and past calls as content, if `by_message`. A template refuses a turn of several calls
-    if the dialect is `single`.
+    call is forced. `by_message` says that templates know no tools: they get them as the field
+    `tools` of the system message, and past calls as content. `single` says that templates refuse
+    several calls in a turn.
     """
 
     opens: str = ""

@@ -14,16 +14,16 @@ NOT_TEXT = "holds a NUL or half a surrogate pair; it must be Unicode text"
 
 
 class RequestError(ValueError):
-    """A request asks for what cannot be: the message names the field and its limit, in one line.
+    """A request that cannot be answered: the message names the field and its limit, in one line.
 
-    `code` is OpenAI's word for it, where it has one.
+    `code` is OpenAI's code for the error, if it has one.
     """
 
     code: str | None = None
 
 
 def require_text(name: str, text: Any) -> str:
-    """The text, where it is one that the tokenizer can read."""
+    """The text; RequestError if it is no string, or one that the tokenizer cannot read."""
     if not isinstance(text, str):
         raise RequestError(f"{name} is {text!r}; it must be a string")
     if "\0" in text or not is_unicode(text):
@@ -32,7 +32,7 @@ def require_text(name: str, text: Any) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, as JSON's escapes may."""
+    """Whether a text can be encoded: half of a surrogate pair, an escape in JSON, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

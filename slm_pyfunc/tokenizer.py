@@ -113,7 +113,7 @@ class Tokenizer:
             ) from error
 
     def grammar(self, schema: str) -> "Grammar":
-        """Constrain tokens to a JSON schema; RequestError where it is malformed."""
+        """The grammar of a JSON schema; RequestError if it is malformed, or no text fits it."""
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self.guide, LLMatcher.grammar_from_json_schema(schema))
@@ -153,7 +153,7 @@ class TextStream:
         return text
 
     def end(self) -> str:
-        """What was held back, where the sequence ends otherwise than in a stop string."""
+        """What was held back, for a sequence that does not end in a stop string."""
         text, self.held = self.held, ""
         return text
 
@@ -169,7 +169,7 @@ class Grammar:
     def within(self, scores: np.ndarray) -> np.ndarray:
         """Scores, float32 [vocabulary], with -inf for the tokens that may not come next.
 
-        RuntimeError where none may.
+        RuntimeError if no token may.
         """
         from llguidance.numpy import fill_next_token_bitmask
 

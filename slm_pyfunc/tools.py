@@ -1,7 +1,7 @@
 """Tools: what a request lets the model call, and what its messages say was called before.
 
-Models write calls in dialects of their own; a model's YAML says which (`tool_calls`). In and out
-they are OpenAI's: https://platform.openai.com/docs/guides/function-calling
+Models write calls in dialects of their own; a model's YAML says which (`tool_calls`). Requests and
+answers have them in OpenAI's form: https://platform.openai.com/docs/guides/function-calling
 """
 
 import json
@@ -78,7 +78,7 @@ class Tools:
 
 
 def read_tools(request: dict[str, Any], dialect: Dialect | None) -> Tools | None:
-    """The tools of a request; None without, RequestError if they are wrong or not served."""
+    """The tools of a request, None if it has none; RequestError if they are wrong or not served."""
     given, choice = request.get("tools"), request.get("tool_choice")
     if not given:
         if choice not in (None, "none", "auto"):
@@ -117,7 +117,7 @@ def read_tools(request: dict[str, Any], dialect: Dialect | None) -> Tools | None
 
 
 def read_function(where: str, tool: Any) -> tuple[str, dict[str, Any]]:
-    """Name and definition of a function; RequestError for what is none."""
+    """Name and definition of a function; RequestError if the tool is not one."""
     function = tool.get("function") if isinstance(tool, dict) else None
     if not isinstance(function, dict) or tool.get("type") != "function":
         raise RequestError(f"{where} is {tool!r}; it must have type: function, and a function")
@@ -159,7 +159,7 @@ def read_calls(where: str, calls: Any) -> list[dict[str, Any]]:
 
 
 def as_content(message: dict[str, Any], dialect: Dialect) -> dict[str, Any]:
-    """A message whose past calls stand in its content, for a template that knows none."""
+    """The message with its past calls in its content, if its template knows no calls."""
     if not dialect.by_message or "tool_calls" not in message:
         return message
     calls = [call["function"] for call in message["tool_calls"]]

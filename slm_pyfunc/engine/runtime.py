@@ -109,7 +109,7 @@ class Runtime:
         self.__dict__ = {**state, "loading": threading.Lock()}
 
     def require_loaded(self) -> None:
-        """Load where this process did not yet: after a fork, or out of a pickle."""
+        """Load if this process has not loaded: after a fork, or out of a pickle."""
         if not self.loaded:
             with self.loading:
                 if not self.loaded:

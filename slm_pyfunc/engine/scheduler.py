@@ -144,10 +144,10 @@ class Scheduler:
         self.turn = turn  # taken while it computes, on cores that other models use too
         self.open: list[Sequence] = []  # those with a row: the ones read, and the active ones
         self.active: list[tuple[Sequence, int]] = []  # each with the token to compute next
-        self.reading: deque[Sequence] = deque()  # prompts in part computed, the next to go on first
+        self.reading: deque[Sequence] = deque()  # partly computed; the first is next
 
     def submit(self, sequences: list[Sequence], may_wait: bool = False) -> None:
-        """Queue sequences; raise Busy where more would wait than may, unless these `may_wait`."""
+        """Queue sequences; raise Busy if the queue would be too long, unless these `may_wait`."""
         with self.lock:
             free = self.max_batch_size - len(self.open)
             waiting = len(self.waiting) + len(sequences) - max(free, 0)
@@ -229,8 +229,7 @@ class Scheduler:
     def decode(self) -> None:
         """Compute one token of every active sequence, and choose the next.
 
-        Of a sequence that is alone, also those that it is likely to choose; among others, the cores
-        are busy without them.
+        If a sequence is alone, its draft is computed too: beside others, the cores are busy anyway.
         """
         if len(self.active) == 1 and (draft := self.draft_of(self.active[0][0])):
             self.check(*self.active.pop(), draft)
@@ -319,7 +318,7 @@ class Scheduler:
         sequence.events.put((sequence.choice, error))
 
     def fail(self, error: Exception) -> None:
-        """Give everyone under way the error; who waits has another chance."""
+        """End all open sequences with the error; those that wait come next."""
         failed, self.open = self.open, []
         self.active, self.reading = [], deque()
         self.decoder.clear()
@@ -335,7 +334,7 @@ def log_probabilities(logits: np.ndarray, token: int, count: int) -> LogProbabil
 
 
 def receive(sequences: list[Sequence]) -> Iterator[tuple[int, str | Completion]]:
-    """The events of one request's sequences, up to the last end; given up before, they end."""
+    """The events of one request's sequences, up to the last end; closing this cancels them."""
     left, events = len(sequences), sequences[0].events
     assert isinstance(events, SimpleQueue)
     try:
