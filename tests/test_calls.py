@@ -127,32 +127,51 @@ def test_a_forced_call_gives_what_was_written_of_its_arguments(arguments: str) -
     assert joined(reader.push("") + reader.end("stop")) == {"content": ""}
 
 
+class Conversation:
+    """QUESTION and what follows it, as a dialect's template writes them."""
+
+    def __init__(self, dialect: str, onnx: Path, folder: Path) -> None:
+        shutil.copy(onnx / "tokenizer_config.json", folder)
+        (folder / "chat_template.jinja").write_text(TEMPLATES[dialect])
+        self.template, self.tools = ChatTemplate(folder), tools_of(dialect)
+        self.begins = self.after([])
+
+    def after(self, calls: list[dict[str, Any]], *more: dict[str, Any]) -> str:
+        """The prompt after an assistant's calls, if there are any, and other messages."""
+        past = {"role": "assistant", "content": "", "tool_calls": read_calls("", calls)}
+        messages = [*QUESTION, *([as_content(past, self.tools.dialect)] if calls else []), *more]
+        return self.template.render(self.tools.with_tools(messages), self.tools.rendered)
+
+    def read(self, text: str) -> dict[str, Any]:
+        reader = self.tools.reader()
+        return joined(reader.push(text) + reader.end("stop"))
+
+
 @pytest.mark.parametrize("dialect", TEMPLATES)
-def test_a_call_is_read_as_the_template_writes_it_and_can_be_sent_back(
-    dialect: str, onnx: Path, tmp_path: Path
-) -> None:
-    shutil.copy(onnx / "tokenizer_config.json", tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATES[dialect])
-    template, tools = ChatTemplate(tmp_path), tools_of(dialect)
-
-    def prompt(*messages: dict[str, Any]) -> str:
-        return template.render(tools.with_tools([*QUESTION, *messages]), tools.rendered)
-
-    def past(calls: list[dict[str, Any]]) -> dict[str, Any]:
-        read = {"role": "assistant", "content": "", "tool_calls": read_calls("", calls)}
-        return as_content(read, tools.dialect)
-
-    before = prompt()
-    assert "get_weather" in before and "get_time" in before
+def test_a_call_is_read_as_the_template_writes_it(dialect: str, onnx: Path, tmp_path: Path) -> None:
+    chat = Conversation(dialect, onnx, tmp_path)
+    assert "get_weather" in chat.begins and "get_time" in chat.begins
     call = {"function": {"name": "get_weather", "arguments": ARGUMENTS}}
-    turn = prompt(past([call])).removeprefix(before)
-    written = turn[: turn.rindex("}") + 1] + (tools.dialect.closes or "")
-    reader = tools.reader()
-    message = joined(reader.push(written) + reader.end("stop"))
-    [again] = message["tool_calls"]
-    assert again["function"] == call["function"] and message["content"] is None
-    result = {"role": "tool", "tool_call_id": again["id"], "content": "21"}
-    assert "21" in prompt(past([again]), result).removeprefix(before)
+    turn = chat.after([call]).removeprefix(chat.begins)
+    message = chat.read(turn[: turn.rindex("}") + 1] + chat.tools.dialect.closes)
+    assert [call["function"] for call in message["tool_calls"]] == [call["function"]]
+    assert message["content"] is None
+
+
+HALF_PAIR = '{"name": "get_time", "arguments": {"a": "\\ud800"}}'
+
+
+@pytest.mark.parametrize("dialect", TEMPLATES)
+def test_the_calls_of_a_turn_can_be_sent_back(dialect: str, onnx: Path, tmp_path: Path) -> None:
+    chat = Conversation(dialect, onnx, tmp_path)
+    half = f"{chat.tools.dialect.opens}{HALF_PAIR}{chat.tools.dialect.closes}"
+    texts = [half, *(text for text, _, count in SAID[dialect] if count > 0)]
+    for text in texts:
+        calls = chat.read(text)["tool_calls"]
+        results = [{"role": "tool", "tool_call_id": c["id"], "content": "21"} for c in calls]
+        rendered = chat.after(calls, *results).removeprefix(chat.begins)
+        assert rendered.count("21") == len(calls) and rendered.encode()
+        assert ("\\ud800" in rendered) == (text == half)
 
 
 def test_phi4_gets_tools_in_the_system_message_and_past_calls_as_it_writes_them(
