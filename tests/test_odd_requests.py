@@ -30,13 +30,18 @@ CHAT: dict[str, Any] = {
     "tools": TOOLS,
     "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
     "parallel_tool_calls": False,
+    "max_completion_tokens": 3,
 }
 SCHEMA = {"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {}}}
 FIELDS = {
     "max_tokens": 3,
     "temperature": 0.5,
     "top_p": 0.9,
+    "top_k": 50,
+    "min_p": 0.01,
     "frequency_penalty": 0.1,
+    "presence_penalty": 0.1,
+    "repetition_penalty": 1.1,
     "logit_bias": {"5": 1},
     "seed": 1,
     "stop": ["x", "y"],
