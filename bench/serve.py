@@ -13,6 +13,7 @@ which fill up to their bound). Writes `--out`, and a plot beside it.
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -83,12 +84,17 @@ def question(number: int, model: str, tokens: int = TOKENS, words: str = "") -> 
 
 async def loads(url: str, model: str, seconds: float) -> dict[str, dict[str, float]]:
     """The figures of every load, by its name."""
+    numbers = itertools.count()  # over all loads, so that no prompt was asked before
 
-    async def short(number: int) -> Seen:
-        words = f"Letter {number}. "  # so that no prompt was asked before
-        return await ask(url, question(number, model, words=words))
+    async def short(_: int) -> Seen:
+        number = next(numbers)
+        return await ask(url, question(number, model, words=f"Letter {number}. "))
 
-    await closed_loop(2, 3, short)
+    async def long(_: int) -> Seen:
+        number = next(numbers)
+        return await ask(url, question(number, model, 8, f"{number} {LONG * 150}"))
+
+    await closed_loop(2, min(3, seconds), short)
     results = {}
     for clients in CLIENTS:
         name = f"{clients} client" + "s" * (clients > 1)
@@ -102,17 +108,9 @@ async def loads(url: str, model: str, seconds: float) -> dict[str, dict[str, flo
         results[name] = figures(await open_loop(waits, seconds, short))
         report(f"{name}: {results[name]}")
     # Fairness: what short requests see of one long prompt after the other beside them.
-    words = LONG * 150
-
-    async def mixed(number: int) -> Seen:
-        if number % 8:
-            return await short(number)
-        seen = await ask(url, question(number, model, 8, f"{number} {words}"))
-        return Seen(seen.status, seen.start, end=seen.end, ended=False, text="long")
-
-    seen = await closed_loop(8, seconds, mixed)
-    short_ones = [one for one in seen if one.text != "long"]
-    results["8 clients, long prompts among them: the others"] = figures(short_ones)
+    beside = await asyncio.gather(closed_loop(7, seconds, short), closed_loop(1, seconds, long))
+    names = "7 clients beside one with long prompts", "the one with long prompts"
+    results |= zip(names, map(figures, beside), strict=True)
     return results
 
 

@@ -17,7 +17,8 @@ from .dialects import DIALECTS, Dialect
 from .engine.runtime import Runtime
 from .engine.scheduler import Completion, Events, LogProbability, Sequence, receive
 from .interface import Answer, header, mlflow_errors, open_runtime, require_known
-from .parameters import Parameters, RequestError, is_absent, require_text
+from .parameters import Parameters, RequestError, is_absent
+from .plain import require_text
 from .tokenizer import Tokenizer
 from .tools import NOTHING, Tools, as_content, read_calls, read_tools
 
@@ -180,7 +181,7 @@ class ChatForm:
 
 
 def joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
-    """Content and calls of a message, out of the deltas of a stream that was not sent."""
+    """The content and calls of a whole message, put together from its deltas."""
     calls: list[dict[str, Any]] = []
     for call in (call for delta in deltas for call in delta.get("tool_calls", [])):
         if call["index"] == len(calls):
@@ -202,18 +203,21 @@ def read_request(
     messages = request.get("messages")
     messages = list(messages) if isinstance(messages, np.ndarray) else messages
     request = {name: value for name, value in request.items() if not is_absent(value)}
-    if value := request.get("stream"):
-        raise RequestError(f"stream is {value!r}; this model does not serve it; use predict_stream")
     if "max_completion_tokens" in request:  # OpenAI's newer name
         request["max_tokens"] = request["max_completion_tokens"]
+    parameters = Parameters.of(request, runtime.defaults)  # first: it looks at every field
+    if value := request.get("stream"):
+        raise RequestError(f"stream is {value!r}; this model does not serve it; use predict_stream")
     if not isinstance(messages, list) or not messages:
         raise RequestError(f"messages is {messages!r}; it must be a list of at least one message")
     read = [read_message(index, message, dialect) for index, message in enumerate(messages)]
-    parameters, tools = Parameters.of(request, runtime.defaults), read_tools(request, dialect)
+    tools = read_tools(request, dialect)
     if tools is None:
         return Asked(runtime.encode_chat(read), parameters, None)
     prompt = runtime.encode_chat(tools.with_tools(read), tools.rendered, tools.begins)
-    return Asked(prompt, replace(parameters, schema=tools.schema() or parameters.schema), tools)
+    if schema := tools.schema():  # it ends the answer: a stop string would cut the arguments
+        parameters = replace(parameters, schema=schema, stop=())
+    return Asked(prompt, parameters, tools)
 
 
 def read_message(index: int, message: Any, dialect: Dialect | None) -> dict[str, Any]:
@@ -241,7 +245,10 @@ def read_message(index: int, message: Any, dialect: Dialect | None) -> dict[str,
             raise RequestError(
                 f"{where}.content has parts that are not text; this model reads text"
             )
-        content = "".join(str(part.get("text", "")) for part in parts)
+        content = "".join(
+            require_text(f"{where}.content[{at}].text", part.get("text"))
+            for at, part in enumerate(parts)
+        )
     read = {"role": role, "content": require_text(f"{where}.content", content)}
     if dialect is not None:
         if not is_absent(calls):

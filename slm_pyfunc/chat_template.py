@@ -2,13 +2,14 @@
 
 The environment (sandbox, extensions, filters, globals) is that of transformers 5:
 https://huggingface.co/docs/transformers/chat_templating. onnxruntime-genai 0.18 has a renderer of
-its own, which reads some templates otherwise without a word: `in` on a string is always false
-there, `.replace()` and filters raise, and it knows no trim_blocks.
+its own, and it renders some templates wrongly: `in` on a string is always false, `.replace()` and
+filters raise, and trim_blocks is not known.
 """
 
 import contextlib
 import datetime
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .parameters import RequestError
 # Private use characters. One that the prompt lacks stands inside the control tokens of contents
 # while the template is rendered.
 MARKS = range(0xF0000, 0x10FFFE)
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 # Conversations that show what a template writes around contents.
 SAID = "\u00a7"
 PROBES = [
@@ -32,7 +34,7 @@ PROBES = [
 
 
 class GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant wrote, for training; here it is its content."""
+    """`{% generation %}` marks an assistant's text for training; its content is rendered."""
 
     tags = {"generation"}
 
@@ -85,9 +87,9 @@ class ChatTemplate:
     ) -> list[str]:
         """The prompt in pieces, to be encoded one by one.
 
-        One piece, the prompt, unless a message or a tool holds a control token: then the prompt is
-        cut inside each of these, so that it is read as text and cannot forge a turn. A token that
-        the template itself reads in an answer stays whole there, such as Qwen3's `</think>`.
+        The prompt is one piece unless a message or a tool holds a control token. Then it is cut
+        inside each such token, so that the token is read as text and cannot forge a turn. A token
+        that the template itself reads in an answer stays whole there, such as Qwen3's `</think>`.
         """
         prompt = self.render(messages, tools)
         contents = "\n".join(strings([messages, tools]))
@@ -117,7 +119,7 @@ class ChatTemplate:
         return cut(present, in_answers).split(mark)
 
     def written(self) -> str:
-        """What the template writes around the probes, of those that it takes."""
+        """What the template writes for those PROBES that it accepts."""
         prompts = []
         for messages in PROBES:
             with contextlib.suppress(RequestError):
@@ -148,11 +150,21 @@ def to_json(
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
+    allow_nan: bool = True,
 ) -> str:
-    """JSON as it is; jinja2's own filter escapes HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    """JSON as it is; jinja2's own filter escapes HTML.
+
+    Half of a surrogate pair is written as an escape, as the arguments of a call may have held it.
+    """
+    text = json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+        allow_nan=allow_nan,
     )
+    return HALF_PAIR.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def raise_exception(message: str) -> None:
@@ -190,9 +202,9 @@ def special_tokens(*configs: dict[str, Any]) -> dict[str, Any]:
 def control_tokens(added: list[dict[str, Any]], source: str, written: str) -> list[str]:
     """The added tokens that only a template may write, longest first.
 
-    The special ones, and others that stand in a template's source or in what it writes, unless
-    they are words or spaces, which any text has. One of a single character cannot be cut, and
-    counts where it is special and written.
+    They are the special tokens, and others that stand in the template's source or output, except
+    words and spaces, which any text has. A token of one character cannot be cut: it counts only if
+    it is special and the template writes it.
     """
 
     def is_control(token: str, special: bool) -> bool:

@@ -1,7 +1,4 @@
-"""What the interfaces share: the runtime that a logged model's configuration asks for, errors.
-
-And what a server needs of them: an Answer on its way, and the fields that a request may have.
-"""
+"""What both interfaces share: loading a logged model's runtime, answers on their way, errors."""
 
 import difflib
 import json
@@ -24,6 +21,7 @@ from .engine.decoder import ExecutionProviderUnavailable
 from .engine.runtime import Runtime, require_digests
 from .engine.scheduler import Busy, Completion, Sequence
 from .parameters import AT_LOAD, Parameters, RequestError, is_absent
+from .plain import require_text
 from .verify import verify_at_load
 
 log = logging.getLogger(__name__)
@@ -75,8 +73,8 @@ def load_runtime(onnx: Path, config: dict[str, Any]) -> Runtime:
 def first_that_runs(onnx: Path, targets: list[list[str]], config: dict[str, Any]) -> Runtime:
     """Load the folder of the first target whose execution provider is there.
 
-    `targets` are pairs of a folder's name and its provider. `execution_provider`, if it is given,
-    leaves the targets for it alone. Raises ExecutionProviderUnavailable if none can be loaded.
+    `targets` are pairs of a folder's name and its provider. If `execution_provider` is given, only
+    its own targets are tried. Raises ExecutionProviderUnavailable if none can be loaded.
     """
     asked, sha256 = config.pop("execution_provider"), config.pop("sha256")
     fitting = [(name, own) for name, own in targets if asked in (None, own)]
@@ -103,7 +101,7 @@ class Form(Protocol):
         """A choice of the whole answer, without its index."""
 
     def pieces(self, sequence: Sequence, event: str | Completion) -> list[dict[str, Any]]:
-        """The choices of the chunks that an event makes, without their index; none is possible."""
+        """The choices of an event's chunks, without their index; there may be none."""
 
 
 @dataclass
@@ -111,7 +109,7 @@ class Answer:
     """The answer to one request on its way.
 
     `take` makes chunks of each event of its sequences; `whole` is the answer in one piece once all
-    have ended (`is_whole`). `head` is what stands first in each: id, object, created, model.
+    have ended (`is_whole`). `head` holds the first fields of each: id, object, created, model.
     """
 
     form: Form
@@ -168,11 +166,12 @@ def header(prefix: str, kind: str, model: str) -> dict[str, Any]:
 
 
 def require_known(request: Mapping[str, Any], *own: str) -> None:
-    """Raise RequestError for a field that would be passed over, a misspelt one say."""
+    """Raise RequestError for an unknown field: a misspelt one would have no effect."""
     parameters = {parameter.name for parameter in fields(Parameters)} - {"schema"}
     known = parameters | NO_MATTER | {*own, "response_format"}
     for name, value in request.items():
         if name not in known and not is_absent(value) and value is not False:
+            require_text("the name of a field", name)
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; is it {near[0]}?" if near else ""
             raise RequestError(f"{name} is no field that this model serves{hint}")

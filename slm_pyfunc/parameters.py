@@ -2,25 +2,20 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
+from .plain import RequestError, require_plain, require_text
+
 MAX_STOP = 16
-NOT_TEXT = "holds a NUL or half a surrogate pair; it must be Unicode text"
+MAX_TOKENS = 256  # of an answer, where neither the request nor the load says how many
+TOKEN_ID = re.compile(r"\d{1,18}")  # enough for any id; int() refuses 4,300
 # Small models fill free whitespace without end; llguidance reads this out of a schema.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
-
-class RequestError(ValueError):
-    """A request asks for what cannot be: the message names the field and its limit, in one line.
-
-    `code` is OpenAI's word for it, where it has one.
-    """
-
-    code: str | None = None
 
 
 class TooLong(RequestError):
@@ -52,19 +47,24 @@ def limited(
 
 @dataclass(frozen=True)
 class Parameters:
-    """One request's parameters. Each is checked; a wrong one raises RequestError.
+    """One request's parameters. A wrong one raises RequestError.
 
-    The one list of what a request may hold: signatures, defaults at load and checks follow from it.
+    Signatures, defaults at load and checks are derived from the fields, so this is their only list.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `frequency_penalty` and
-    `presence_penalty` make less likely what the answer has already, `logit_bias` adds to the logits
-    of tokens, as (id, bias). `stop` ends the answer before any of
-    its strings. `n` answers are sampled per prompt. `seed` makes them repeatable. `schema` is the
-    JSON schema of `response_format`, as text. `top_logprobs` counts the alternatives listed beside
-    each token's log-probability.
+    - `max_tokens`: of the answer. None is the default of the load, or the room that is left in the
+      context if that is less.
+    - `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+    - `frequency_penalty`, `presence_penalty`: taken from the logits of what the answer has already.
+    - `logit_bias`: (id, bias) of tokens, added to their logits.
+    - `stop`: strings before which the answer ends.
+    - `n`: answers sampled for each prompt; `seed` makes them repeatable.
+    - `schema`: the JSON schema of `response_format`, as text.
+    - `top_logprobs`: how many alternatives are listed beside each token's log-probability.
     """
 
-    max_tokens: int = limited(256, int, lambda v: v >= 1, "an integer of at least 1", at_load=True)
+    max_tokens: int | None = limited(
+        None, int, lambda v: v >= 1, "an integer of at least 1", at_load=True
+    )
     temperature: float = limited(
         0.0, NUMBER, lambda v: 0 <= v <= 100, "a number from 0 to 100", at_load=True
     )
@@ -109,8 +109,13 @@ class Parameters:
 
     @classmethod
     def of(cls, request: Mapping[str, Any], defaults: "Parameters | None" = None) -> "Parameters":
-        """Read a request's fields; what is absent, null or empty stays as in `defaults`."""
+        """Read a request's fields; what is absent, null or empty stays as in `defaults`.
+
+        An absent `max_tokens` becomes None, so that the default may be cut to the context's room.
+        """
+        require_plain(request)
         values = {field.name: getattr(defaults or cls(), field.name) for field in fields(cls)}
+        values["max_tokens"] = None
         for name, value in request.items():
             value = value.item() if isinstance(value, np.generic) else value
             if is_absent(value) or name == "schema":
@@ -162,25 +167,13 @@ def logit_bias(bias: Any) -> tuple[tuple[int, float], ...]:
         raise wrong
     pairs = []
     for token, value in bias.items():
-        if not str(token).isdecimal() or isinstance(value, bool) or not isinstance(value, NUMBER):
+        is_id = isinstance(token, int) or TOKEN_ID.fullmatch(str(token))
+        if not is_id or isinstance(value, bool) or not isinstance(value, NUMBER):
             raise wrong
         if not -100 <= value <= 100:
             raise wrong
         pairs.append((int(token), float(value)))
     return tuple(pairs)
-
-
-def require_text(name: str, text: Any) -> str:
-    """The text, where it is one that the tokenizer can read."""
-    if not isinstance(text, str):
-        raise RequestError(f"{name} is {text!r}; it must be a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{name} {NOT_TEXT}") from error
-    if "\0" in text:
-        raise RequestError(f"{name} {NOT_TEXT}")
-    return text
 
 
 def json_schema(response_format: Any) -> str | None:

@@ -64,9 +64,6 @@ class PromptModel(PythonModel):
         """
         with mlflow_errors():
             require_known(request, *FIELDS)
-            for name, default in UNSERVED.items():
-                if not is_absent(value := request.get(name)) and value != default:
-                    raise RequestError(f"{name} is {value!r}; this model does not serve it")
             prompts, parameters = read_request(request, self.runtime)
             head = header("cmpl", "text_completion", request.get("model") or self.model)
             sequences = self.runtime.begin(prompts, parameters, events, streamed)
@@ -111,14 +108,18 @@ def read_request(
 ) -> tuple[list[str | list[int]], Parameters]:
     """The prompts of a body, each a text or token ids, and its parameters."""
     prompt, values = request.get("prompt"), {**request}
+    count = values.pop("logprobs", None)  # a number, where a chat has two fields
+    if not is_absent(count) and count is not False:
+        values |= {"logprobs": True, "top_logprobs": count}
+    parameters = Parameters.of(values, runtime.defaults)
+    for name, default in UNSERVED.items():
+        if not is_absent(value := request.get(name)) and value != default:
+            raise RequestError(f"{name} is {value!r}; this model does not serve it")
     one = isinstance(prompt, str) or (isinstance(prompt, list) and all(map(is_id, prompt)))
     prompts = [prompt] if one else prompt
     if not isinstance(prompts, list) or not prompts or prompts == [[]]:
         raise RequestError(f"prompt is {prompt!r}; it must be a string, or a list of strings")
-    count = values.pop("logprobs", None)  # a number, where a chat has two fields
-    if not is_absent(count) and count is not False:
-        values |= {"logprobs": True, "top_logprobs": count}
-    return prompts, Parameters.of(values, runtime.defaults)
+    return prompts, parameters
 
 
 def is_id(value: Any) -> bool:

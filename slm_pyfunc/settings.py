@@ -7,7 +7,7 @@ PROVIDERS = ("cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx")
 
 @dataclass
 class Settings:
-    """Settings of serving. Raises ValueError for a value that cannot be.
+    """Settings of serving. Raises ValueError for a wrong value.
 
     `threads` is the number of intra-op threads; null takes the cores that the process may use, on
     which models then take turns. `max_batch_size` sequences are answered at once, `max_queue_size`

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime_genai as og
 
 from .chat_template import ChatTemplate, read_json
-from .parameters import RequestError
+from .plain import RequestError, require_text
 
 
 class Tokenizer:
@@ -43,7 +43,7 @@ class Tokenizer:
         return ids_without_token(read_json(self.folder / "tokenizer.json"), self.rows)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text; RequestError where the tokenizer knows a part of it not."""
+        """The token ids of a text; RequestError if it has no token for a part of it."""
         tokens = [int(token) for token in self.tokenizer.encode(text)]
         if min(tokens, default=0) < 0:
             raise RequestError("prompt has characters that are not in the model's vocabulary")
@@ -88,7 +88,8 @@ class Tokenizer:
         """
         *pieces, last = self.template.pieces(messages, tools)
         pieces.append(last + begins)
-        return [token for piece in pieces for token in self.encode_alone(piece)]
+        texts = [require_text("messages", piece) for piece in pieces]
+        return [token for text in texts for token in self.encode_alone(text)]
 
     def stream(self, stop: tuple[str, ...] = ()) -> "TextStream":
         return TextStream(self.tokenizer.create_stream(), stop)
@@ -112,14 +113,19 @@ class Tokenizer:
             ) from error
 
     def grammar(self, schema: str) -> "Grammar":
-        """Constrain tokens to a JSON schema; RequestError where it is malformed."""
+        """The grammar of a JSON schema; RequestError if it is malformed, or no text fits it."""
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self.guide, LLMatcher.grammar_from_json_schema(schema))
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())
             raise RequestError(f"response_format.json_schema.schema is not a JSON schema: {reason}")
-        return Grammar(matcher, self.guide.vocab_size, self.rows)
+        made = Grammar(matcher, self.guide.vocab_size, self.rows)
+        try:
+            made.within(np.zeros(self.rows, np.float32))
+        except RuntimeError as error:  # no text fits it, as none does {"$ref": "#"}
+            raise RequestError(str(error)) from error
+        return made
 
 
 class TextStream:
@@ -147,7 +153,7 @@ class TextStream:
         return text
 
     def end(self) -> str:
-        """What was held back, where the sequence ends otherwise than in a stop string."""
+        """What was held back, for a sequence that does not end in a stop string."""
         text, self.held = self.held, ""
         return text
 
@@ -163,14 +169,14 @@ class Grammar:
     def within(self, scores: np.ndarray) -> np.ndarray:
         """Scores, float32 [vocabulary], with -inf for the tokens that may not come next.
 
-        RuntimeError where none may.
+        RuntimeError if no token may.
         """
         from llguidance.numpy import fill_next_token_bitmask
 
         fill_next_token_bitmask(self.matcher, self.mask)
         allowed = np.unpackbits(self.mask.view(np.uint8), bitorder="little")[: self.rows]
         if self.matcher.is_error() or not allowed.any():
-            reason = " ".join(self.matcher.get_error().split())
+            reason = " ".join(self.matcher.get_error().partition("<state>")[0].split())
             raise RuntimeError(f"response_format: no token fits the schema. {reason}".rstrip())
         return np.where(allowed, scores, np.float32(-np.inf))
 

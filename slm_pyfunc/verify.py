@@ -16,7 +16,7 @@ PUBLIC_KEY = "SLM_MODEL_PUBLIC_KEY"
 
 
 class SignatureError(ValueError):
-    """A model is not signed, or not as it is."""
+    """A model is not signed, or was changed after it was signed."""
 
 
 def verify(model: Path, public_key: Path) -> None:

@@ -22,7 +22,7 @@ from slm.exporters import builder, graph, mobius, worker
 from slm.exporters.calibrated import Calibrated
 from slm.exporters.calibration import Rounding, Saved, calibrate, product, sum_of
 from slm.exporters.calibration_text import (
-    SAMPLING,
+    ANSWER_TOKENS,
     calibration_windows,
     read_calibration,
     require_readable,
@@ -459,7 +459,7 @@ def test_a_conversation_that_the_model_cannot_take_is_named(
     with (checkpoint / "chat_template.jinja").open("a") as file:
         file.write(template)
     rows = [{"messages": [{"role": role, "content": text} for role, text in messages]}]
-    assert SAMPLING.max_tokens < 8192
+    assert ANSWER_TOKENS < 8192
     with pytest.raises(InputError, match=words):
         require_readable(rows, checkpoint)
 

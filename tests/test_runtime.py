@@ -32,7 +32,7 @@ from slm_pyfunc.engine.lookup import PromptLookup
 from slm_pyfunc.engine.runtime import Runtime
 from slm_pyfunc.engine.sampling import Sampler, candidates
 from slm_pyfunc.engine.scheduler import Busy, Completion
-from slm_pyfunc.parameters import Parameters, RequestError
+from slm_pyfunc.parameters import MAX_TOKENS, Parameters, RequestError, TooLong
 from slm_pyfunc.tokenizer import Tokenizer
 from tests.conftest import composed
 
@@ -215,6 +215,25 @@ def test_the_queue_holds_no_more_than_it_may_while_a_row_is_opened(
         model.begin(["third"], *asked)
     go_on.set()
     assert all(isinstance(events.get(timeout=30)[1], Completion) for _ in range(2))
+
+
+def test_a_default_of_max_tokens_gives_way_to_the_context_and_a_wish_does_not(floats: Path) -> None:
+    model = Runtime(floats, context_length=40, defaults={"max_tokens": 30})
+    no_end = {"logit_bias": {str(token): -100 for token in model.tokenizer.end_tokens}}
+
+    def ask(model: Runtime, length: int, **fields: Any) -> Completion:
+        parameters = Parameters.of({**no_end, **fields}, model.defaults)
+        [[answer]] = model.answer([[9] * length], parameters)
+        return answer
+
+    for length, most in ((5, 30), (35, 5), (39, 1)):
+        answer = ask(model, length)
+        assert (answer.completion_tokens, answer.finish_reason) == (most, "length")
+        assert ask(model, length, max_tokens=1).completion_tokens == 1
+    for length, fields in ((35, {"max_tokens": 6}), (40, {}), (41, {})):
+        with pytest.raises(TooLong, match="leaves no room for .* the context length is 40"):
+            ask(model, length, **fields)
+    assert ask(Runtime(floats), 1).completion_tokens == MAX_TOKENS
 
 
 def test_drafts_come_from_where_the_last_tokens_stood_before() -> None:

@@ -2,11 +2,10 @@
 
 import json
 import os
-import random
-import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
@@ -17,7 +16,7 @@ from slm_pyfunc.chat import ChatModel, joined, read_request, require_tools_rende
 from slm_pyfunc.chat_template import ChatTemplate
 from slm_pyfunc.dialects import DIALECTS
 from slm_pyfunc.parameters import RequestError
-from slm_pyfunc.tools import Tools, as_content, read_calls, read_tools
+from slm_pyfunc.tools import Tools, read_tools
 from tests.conftest import TARGET
 
 # As models of these families have it, shortened.
@@ -40,6 +39,41 @@ PHI4 = """{% for m in messages %}
 {%- if m.role == 'system' and 'tools' in m and m['tools'] is not none %}
 {{- '<|system|>' ~ m.content ~ '<|tool|>' ~ m.tools ~ '<|/tool|><|end|>' }}{% else %}
 {{- '<|' ~ m.role ~ '|>' ~ m.content ~ '<|end|>' }}{% endif %}{% endfor %}<|assistant|>"""
+# As Llama 3.1 and 3.2 have it, without their built-in tools and the date.
+LLAMA3 = """{{- bos_token }}{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
+{%- else %}{%- set system_message = "" %}{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}
+{%- if tools is not none %}{{- 'Environment: ipython\n' }}{%- endif %}
+{{- system_message + '<|eot_id|>' }}
+{%- if tools is not none %}
+    {%- set first_user_message = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
+    {{- '<|start_header_id|>user<|end_header_id|>\n\nRespond in the format ' }}
+    {{- '{"name": function name, "parameters": dictionary of argument name and its value}.' }}
+    {%- for t in tools %}{{- t | tojson(indent=4) + '\n\n' }}{%- endfor %}
+    {{- first_user_message + '<|eot_id|>' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
+    {%- elif 'tool_calls' in message %}
+        {%- if not message.tool_calls | length == 1 %}
+            {{- raise_exception("This model only supports single tool-calls at once!") }}
+        {%- endif %}
+        {%- set tool_call = message.tool_calls[0].function %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+        {{- '{"name": "' + tool_call.name + '", "parameters": ' }}
+        {{- tool_call.arguments | tojson + '}<|eot_id|>' }}
+    {%- else %}
+        {{- '<|start_header_id|>ipython<|end_header_id|>\n\n' }}
+        {{- message.content | tojson + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}"""
+TEMPLATES = {"hermes": HERMES, "llama3": LLAMA3, "phi4": PHI4}
 
 WEATHER = {
     "name": "get_weather",
@@ -130,6 +164,12 @@ def test_a_forced_call_is_one_of_a_tool_with_arguments_of_its_schema(
         assert arguments == {}
 
 
+def test_a_stop_string_does_not_cut_a_forced_call(chat: ChatModel) -> None:
+    whole = ask(chat, tool_choice=GET_WEATHER)
+    stopped = ask(chat, tool_choice=GET_WEATHER, stop=['"', ":", "}"])
+    assert stopped == whole and whole["finish_reason"] == "tool_calls"
+
+
 def test_a_forced_call_that_is_cut_short_says_so(chat: ChatModel) -> None:
     answer = ask(chat, tool_choice=GET_WEATHER, max_tokens=14)
     [call] = answer["message"]["tool_calls"]
@@ -175,73 +215,6 @@ def test_a_description_cannot_forge_a_turn(chat: ChatModel) -> None:
     assert prompt.count(begins) == 3  # of the system's, the user's and the assistant's turn
 
 
-def test_phi4_gets_tools_in_the_system_message_and_past_calls_as_it_writes_them(
-    onnx: Path, tmp_path: Path
-) -> None:
-    shutil.copy(onnx / "tokenizer_config.json", tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(PHI4)
-    tools = tools_of("phi4")
-    messages = tools.with_tools([{"role": "user", "content": "Hello"}])
-    rendered = ChatTemplate(tmp_path).render(messages, tools.rendered)
-    written = rendered.partition("<|tool|>")[2].partition("<|/tool|>")[0]
-    assert json.loads(written) == [WEATHER, CLOCK] and rendered.startswith("<|system|>")
-    assert tools.rendered is None and tools.begins == ""
-    calls = read_calls("", [{"function": {"name": "get_weather", "arguments": ARGUMENTS}}])
-    past = as_content({"role": "assistant", "content": "", "tool_calls": calls}, tools.dialect)
-    reader = tools.reader()
-    [delta] = reader.push(past["content"]) + reader.end("stop")
-    assert json.loads(delta["tool_calls"][0]["function"]["arguments"]) == CALL["arguments"]
-
-
-SAID = {
-    "hermes": [
-        (f"Let me see.\n<tool_call>\n{json.dumps(CALL)}\n</tool_call>", "Let me see.\n", 1),
-        (f"<tool_call>{json.dumps(CALL)}</tool_call>\n<tool_call>{json.dumps(CALL)}", None, 2),
-        ("<tool_call>{broken}</tool_call> so", "<tool_call>{broken}</tool_call> so", 0),
-        ('<tool_call>{"name": "rm", "arguments": {}}</tool_call>', None, -1),
-        ("a < b <tool", "a < b <tool", 0),
-    ],
-    "llama3": [
-        ('{"name": "get_weather", "parameters": {"city": "Paris", "unit": "C"}}', None, 1),
-        (f"<|python_tag|>{json.dumps(CALL)}; {json.dumps(CALL)}", None, 2),
-        ('{"city": "Paris"}', '{"city": "Paris"}', 0),
-        (f"Well: {json.dumps(CALL)}", f"Well: {json.dumps(CALL)}", 0),
-    ],
-    "phi4": [
-        (f"functools[{json.dumps(CALL)}, {json.dumps(CALL)}]", None, 2),
-        (f"Sure. functools[{json.dumps(CALL)}", "Sure. ", 1),
-        ("functools are tools", "functools are tools", 0),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    ("dialect", "text", "content", "count"),
-    [(dialect, *case) for dialect, cases in SAID.items() for case in cases],
-)
-def test_calls_are_found_in_text_however_it_is_cut(
-    dialect: str, text: str, content: str | None, count: int
-) -> None:
-    tools = tools_of(dialect)
-    for cut in range(40):
-        rng = random.Random(cut)
-        size = [1, 2, 3, 7, len(text)][cut % 5]
-        reader, deltas, left = tools.reader(), [], text
-        while left:
-            length = size if cut < 5 else rng.randint(1, 9)
-            deltas += reader.push(left[:length])
-            left = left[length:]
-        message = joined(deltas + reader.end("stop"))
-        calls = message.get("tool_calls", [])
-        assert len(calls) == max(count, 0)
-        assert message["content"] == (text if count < 0 else content)
-        for call in calls:
-            assert json.loads(call["function"]["arguments"]) == CALL["arguments"]
-    if count > 1:
-        reader = tools_of(dialect, parallel_tool_calls=False).reader()
-        assert len(joined(reader.push(text) + reader.end("stop"))["tool_calls"]) == 1
-
-
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -258,6 +231,51 @@ def test_wrong_tools_are_told(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as error:
         read_tools({"tools": TOOLS, **fields}, DIALECTS["hermes"])
     assert words in str(error.value)
+
+
+NODE = {
+    "type": "object",
+    "properties": {
+        "kind": {"const": {"$ref": "#"}},
+        "left": {"$ref": "#"},
+        "leaf": {"$ref": "#/$defs/leaf"},
+        "again": {"$ref": "#/properties/leaf"},
+    },
+    "additionalProperties": False,
+    "$defs": {"leaf": {"enum": [1, 2]}},
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "$id": "https://example.com/node",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fits"),
+    [
+        ({"left": {"left": {"leaf": 1}, "again": 2}}, True),
+        ({"kind": {"$ref": "#"}, "again": 1}, True),
+        ({"left": {"leaf": 3}}, False),
+        ({"left": {"name": "put"}}, False),
+        ({"kind": {"$ref": "#/$defs/put"}}, False),
+    ],
+)
+def test_a_schemas_pointers_to_itself_are_kept_in_a_forced_call(
+    chat: ChatModel, arguments: Any, fits: bool
+) -> None:
+    functions: Any = [{"name": "put", "parameters": NODE}, WEATHER]
+    given = [{"type": "function", "function": function} for function in functions]
+    tools = read_tools({"tools": given, "tool_choice": "required"}, DIALECTS["hermes"])
+    tokenizer = chat.runtime.tokenizer
+    grammar = tokenizer.grammar((tools and tools.schema()) or "")
+    scores = np.zeros(tokenizer.rows, np.float32)
+    written = json.dumps({"name": "put", "arguments": arguments})
+    for token in tokenizer.encode_alone(written):
+        if not np.isfinite(grammar.within(scores)[token]):
+            break
+        grammar.accept(token)
+    else:
+        assert fits
+        return
+    assert not fits
 
 
 def test_a_past_call_without_arguments_in_json_is_told(chat: ChatModel) -> None:

@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from slm.config.common import ROOT, require_template
 from slm.config.model import Baseline, Gate
 from slm.errors import InputError
-from slm_pyfunc.parameters import Parameters
+from slm_pyfunc.parameters import MAX_TOKENS, Parameters
 from slm_pyfunc.settings import Settings
 
 WINDOW = 512  # tokens that calibration reads at a time
@@ -77,7 +77,7 @@ class LogPyfunc(Settings):
     targets: list[str] = field(default_factory=list)
     interfaces: list[Interface] = field(default_factory=lambda: [Interface.prompt, Interface.chat])
     prove_environment: bool = True
-    max_tokens: int = Parameters.max_tokens
+    max_tokens: int = MAX_TOKENS
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,8 @@ from slm_pyfunc.parameters import Parameters
 T = TypeVar("T")
 
 # Sampled, since greedy answers of small models go round in circles; the seed makes them repeatable.
-SAMPLING = Parameters(max_tokens=192, temperature=0.8, top_p=0.9, seed=1)
+ANSWER_TOKENS = 192
+SAMPLING = Parameters(max_tokens=ANSWER_TOKENS, temperature=0.8, top_p=0.9, seed=1)
 TOGETHER = 4  # conversations: of 3.8 billion parameters, one's keys and values take 0.2 GB
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples' fractions lie evenly, however many there are
 ROW = {
@@ -148,7 +149,7 @@ def require_readable(rows: list[dict[str, Any]], checkpoint: Path) -> None:
             prompt = template.render(row["messages"])
         except ValueError as error:
             raise InputError(f"{where}: {error}.") from error
-        own = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + SAMPLING.max_tokens
+        own = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + ANSWER_TOKENS
         if own > context:
             raise InputError(
                 f"{where} takes {own} tokens with its answer; the model's context is {context}."

@@ -124,7 +124,7 @@ def parameters_of(body: dict[str, Any], most_tokens: int) -> dict[str, Any]:
     parameters = Parameters.of({name: body[name] for name in given})
     if "temperature" in given and parameters.temperature == 0:
         raise RequestError("temperature is 0, and this model samples: give more")
-    if parameters.max_tokens > most_tokens:
+    if (parameters.max_tokens or 0) > most_tokens:
         raise RequestError(
             f"max_tokens is {parameters.max_tokens}; it must be at most {most_tokens}"
         )

@@ -42,13 +42,15 @@ class BatchDecoder:
     together (0.18; paged attention, which it needs for more, is there for CUDA and WebGPU).
 
     Keys and values are float arrays [rows, heads, capacity, head size] per layer, which
-    GroupQueryAttention updates in place: sequences of any length share a call, because it takes the
-    length of each from the attention mask. Rows in use are the first ones, without gaps. A call
-    computes neighbours; rows between them whose prompt is still read come along, for nothing, and a
-    row alone has company where the CPU has another kernel for one, which rounds otherwise. A row's
-    logits are the same to the bit whatever else is in the batch, and whether its prompt was cached
-    or not; only the keys and values of a past answer, computed token by token, are rounded
-    otherwise than a prompt's (`cache_mb` 0 does without them).
+    GroupQueryAttention updates in place: sequences of any length share a call, because it reads
+    each sequence's length in the attention mask. Rows in use are the first ones, without gaps. A
+    call computes neighbouring rows. Rows between them whose prompt is still being read are computed
+    too, and the result is dropped. A row alone is computed beside an empty one where the CPU has
+    another kernel for one row, which rounds differently.
+
+    A row's logits are the same to the bit whatever else is in the batch, and whether its prompt was
+    cached or not. Only the keys and values of a past answer, which were computed token by token,
+    are rounded differently from a prompt's; with `cache_mb` 0 they are not used.
     """
 
     takes_drafts = True

@@ -44,12 +44,11 @@ def affinity() -> list[int]:
 class Turn:
     """A turn on this process's cores: models that take all of them compute one at a time.
 
-    Two that compute at once on the same cores, each with a thread for every core, get a third less
-    done together than one does alone, because threads wait for others that are not running. Models
-    of one user share two locks, in this process and others: who waits for the turn holds the place
-    of the next, so that nobody has two turns while another waits. If a turn does not come within
-    `PATIENCE_S` (its holder may be stopped), the model computes without it, and does not wait again
-    for a minute.
+    Two models that compute at once on the same cores get a third less done than one alone, because
+    their threads wait for threads that are not running. The models of one user share two locks, in
+    all processes. A model that waits for its turn holds the second lock, so that no model has two
+    turns while another waits. If a turn does not come within `PATIENCE_S` (its holder may be
+    stopped), the model computes without it, and does not wait again for a minute.
     """
 
     def __init__(self, needed: bool = True) -> None:

@@ -51,13 +51,13 @@ class Decoder(Protocol):
     def step(self, rows: list[Row], tokens: list[int]) -> list[np.ndarray | Exception]:
         """Append one token to each row; logits after it, [vocabulary] each.
 
-        In place of a row's logits stands the error of a row that cannot be computed.
+        A row that cannot be computed gets its error in place of logits.
         """
 
     def extend_by_draft(self, row: Row, tokens: list[int]) -> np.ndarray:
         """Append tokens to a row; logits after each, [tokens, vocabulary].
 
-        The last ones may turn out wrong: whoever cuts them off `row.tokens` has undone them.
+        If the last tokens turn out wrong, the caller cuts them off `row.tokens`, which undoes them.
         """
 
     def close(self, row: Row) -> None:
@@ -82,8 +82,8 @@ def has_longrope(genai_config: dict[str, Any]) -> bool:
 def runs_alone(genai_config: dict[str, Any]) -> bool:
     """Whether each sequence of a graph needs a Generator of its own, also on the CPU.
 
-    A graph without GroupQueryAttention gives caches back that have grown, and takes every row for
-    as long as the longest.
+    A graph without GroupQueryAttention returns caches that have grown, and treats every row as if
+    it were as long as the longest.
     """
     shares = genai_config["search"].get("past_present_share_buffer", True)
     return has_longrope(genai_config) or not shares

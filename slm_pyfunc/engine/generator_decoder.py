@@ -133,8 +133,8 @@ class GeneratorDecoder:
 def register_plugin(provider: str) -> None:
     """Tell onnxruntime-genai where a provider's library is, if a package that is installed has it.
 
-    Once a process, whatever versions of this code are in it: onnxruntime-genai 0.18 crashes after
-    a second time.
+    It is told once in a process, also by several versions of this code: onnxruntime-genai 0.18
+    crashes after a second time.
     """
     if provider not in PLUGINS:
         return

@@ -20,7 +20,7 @@ class PromptLookup:
 
     def __init__(self, prompt: list[int], longest: int) -> None:
         self.tokens: list[int] = []
-        self.ends: dict[tuple[int, ...], int] = {}  # where an NGRAM ends, the latest but the last
+        self.ends: dict[tuple[int, ...], int] = {}  # where each NGRAM before the last ended
         self.longest, self.length = longest, min(SHORTEST, longest)
         self.pause, self.waiting = PAUSE, 0
         for token in prompt:

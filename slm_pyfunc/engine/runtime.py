@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..parameters import Parameters, RequestError, TooLong, require_text
+from ..parameters import MAX_TOKENS, Parameters, RequestError, TooLong
+from ..plain import require_text
 from ..settings import PROVIDERS, Settings
 from ..tokenizer import Tokenizer
 from .batch_decoder import BatchDecoder
@@ -65,6 +66,7 @@ class Runtime:
         )
         self.context_length: int = model["context_length"]
         self.defaults = Parameters.of(defaults or {}, generation_defaults(self.genai_config))
+        self.max_tokens = self.defaults.max_tokens or MAX_TOKENS
         self.loading = threading.Lock()
         self.load()
 
@@ -106,7 +108,7 @@ class Runtime:
         self.__dict__ = {**state, "loading": threading.Lock()}
 
     def require_loaded(self) -> None:
-        """Load where this process did not yet: after a fork, or out of a pickle."""
+        """Load if this process has not loaded: after a fork, or out of a pickle."""
         if not self.loaded:
             with self.loading:
                 if not self.loaded:
@@ -193,6 +195,7 @@ class Runtime:
             )
             raise RequestError(f"{asked}; max_batch_size and max_queue_size hold {room} answers")
         sequences = []
+        most = parameters.max_tokens or min(self.max_tokens, self.context_length - len(prompt))
         for choice in range(parameters.n):
             schema = parameters.schema
             grammar = self.tokenizer.grammar(schema) if schema is not None else None
@@ -203,7 +206,7 @@ class Runtime:
             drafted = self.settings.prompt_lookup_num_tokens if takes_drafts else 0
             sequences.append(
                 Sequence(
-                    *(prompt, parameters, sampler, text, end_tokens, events),
+                    *(prompt, parameters, sampler, text, end_tokens, events, most),
                     first + choice,
                     streamed,
                     lookup=PromptLookup(prompt, drafted) if drafted else None,
@@ -221,11 +224,12 @@ class Runtime:
         tokenizer.require_tokens("logit_bias", [token for token, _ in parameters.logit_bias])
         if not tokens:
             raise RequestError("prompt is empty; it must hold at least one token")
-        total = len(tokens) + parameters.max_tokens
-        if total > self.context_length:
+        left, asked = self.context_length - len(tokens), parameters.max_tokens
+        if (asked or 1) > left:
+            words = "its answer" if asked is None else f"max_tokens {asked}"
             raise TooLong(
-                f"prompt is {len(tokens)} tokens, with max_tokens {parameters.max_tokens} that is "
-                f"{total}; the context length is {self.context_length}"
+                f"prompt is {len(tokens)} tokens and leaves no room for {words}: "
+                f"the context length is {self.context_length}"
             )
         return tokens
 

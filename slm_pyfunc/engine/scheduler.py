@@ -74,6 +74,7 @@ class Sequence:
     text: TextStream
     end_tokens: frozenset[int]
     events: Events
+    max_tokens: int
     choice: int = 0
     streamed: bool = False
     cancelled: bool = False
@@ -100,7 +101,7 @@ class Sequence:
             self.say(self.text.push(token))
         if ended or self.text.stopped:
             self.end("stop")
-        elif self.generated == self.parameters.max_tokens:
+        elif self.generated == self.max_tokens:
             self.end("length")
         else:
             return token
@@ -143,10 +144,10 @@ class Scheduler:
         self.turn = turn  # taken while it computes, on cores that other models use too
         self.open: list[Sequence] = []  # those with a row: the ones read, and the active ones
         self.active: list[tuple[Sequence, int]] = []  # each with the token to compute next
-        self.reading: deque[Sequence] = deque()  # prompts in part computed, the next to go on first
+        self.reading: deque[Sequence] = deque()  # partly computed; the first is next
 
     def submit(self, sequences: list[Sequence], may_wait: bool = False) -> None:
-        """Queue sequences; raise Busy where more would wait than may, unless these `may_wait`."""
+        """Queue sequences; raise Busy if the queue would be too long, unless these `may_wait`."""
         with self.lock:
             free = self.max_batch_size - len(self.open)
             waiting = len(self.waiting) + len(sequences) - max(free, 0)
@@ -215,7 +216,7 @@ class Scheduler:
                 return
             self.waiting.remove(sequence)
             self.open.append(sequence)
-        length = len(sequence.prompt) + sequence.parameters.max_tokens
+        length = len(sequence.prompt) + sequence.max_tokens
         try:
             sequence.row = self.decoder.open(sequence.prompt, length)
         except Exception as error:  # its own: there may be no memory for one so long
@@ -228,8 +229,7 @@ class Scheduler:
     def decode(self) -> None:
         """Compute one token of every active sequence, and choose the next.
 
-        Of a sequence that is alone, also those that it is likely to choose; among others, the cores
-        are busy without them.
+        If a sequence is alone, its draft is computed too: beside others, the cores are busy anyway.
         """
         if len(self.active) == 1 and (draft := self.draft_of(self.active[0][0])):
             self.check(*self.active.pop(), draft)
@@ -242,7 +242,7 @@ class Scheduler:
     def draft_of(self, sequence: Sequence) -> list[int]:
         if sequence.lookup is None:
             return []
-        return sequence.lookup.draft(sequence.parameters.max_tokens - sequence.generated - 1)
+        return sequence.lookup.draft(sequence.max_tokens - sequence.generated - 1)
 
     def check(self, sequence: Sequence, token: int, draft: list[int]) -> None:
         """Compute a sequence's token and a draft in one call, and take what it chooses itself."""
@@ -318,7 +318,7 @@ class Scheduler:
         sequence.events.put((sequence.choice, error))
 
     def fail(self, error: Exception) -> None:
-        """Give everyone under way the error; who waits has another chance."""
+        """End all open sequences with the error; those that wait come next."""
         failed, self.open = self.open, []
         self.active, self.reading = [], deque()
         self.decoder.clear()
@@ -334,7 +334,7 @@ def log_probabilities(logits: np.ndarray, token: int, count: int) -> LogProbabil
 
 
 def receive(sequences: list[Sequence]) -> Iterator[tuple[int, str | Completion]]:
-    """The events of one request's sequences, up to the last end; given up before, they end."""
+    """The events of one request's sequences, up to the last end; closing this cancels them."""
     left, events = len(sequences), sequences[0].events
     assert isinstance(events, SimpleQueue)
     try:
