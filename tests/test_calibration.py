@@ -20,7 +20,15 @@ from slm.digests import read_provenance, write_provenance
 from slm.errors import InputError, StepError
 from slm.exporters import builder, graph, mobius, worker
 from slm.exporters.calibrated import Calibrated
-from slm.exporters.calibration import Rounding, Saved, calibrate, product, sum_of
+from slm.exporters.calibration import (
+    Half,
+    Rounding,
+    Saved,
+    calibrate,
+    corrected,
+    product,
+    sum_of,
+)
 from slm.exporters.calibration_text import (
     ANSWER_TOKENS,
     calibration_windows,
@@ -295,6 +303,40 @@ def test_calibration_that_broke_off_goes_on_after_its_last_layer(
     for name in ("head", "0", "1"):
         file = f"{name}.safetensors"
         assert (folder / file).read_bytes() == (whole / file).read_bytes(), name
+
+
+def halves_of(inputs: torch.Tensor, drifts: torch.Tensor) -> tuple[Half, Half]:
+    """What a text of four windows [4, positions, inputs] tells, whose residual lacks `drifts`."""
+    halves = Half(), Half()
+    for number, (x, drift) in enumerate(zip(inputs, drifts, strict=True)):
+        halves[number % 2].add(x, x, drift, torch.ones_like(drift))
+    return halves
+
+
+def test_what_the_inputs_say_of_a_drift_is_corrected_and_its_noise_is_left() -> None:
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, 256, 64, generator=draw)
+    weight, lacking = (torch.randn(16, 64, generator=draw) for _ in range(2))
+    noise = 30 * torch.randn(4, 256, 16, generator=draw)
+    assert torch.equal(corrected(weight, halves_of(inputs, noise)), weight)
+    found = corrected(weight, halves_of(inputs, inputs @ lacking.T + noise / 30)) - weight
+    assert (found - lacking).square().mean() < 0.03 * lacking.square().mean()
+    # Where both are there, as much is taken as serves inputs that were not seen.
+    found = corrected(weight, halves_of(inputs, inputs @ lacking.T + noise)) - weight
+    assert (found - lacking).square().mean() < lacking.square().mean()
+
+
+def test_a_position_counts_as_the_norm_that_follows_makes_it_count() -> None:
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, 256, 64, generator=draw)
+    weight, lacking = (torch.randn(16, 64, generator=draw) for _ in range(2))
+    drifts, residuals = inputs @ lacking.T, torch.ones(4, 256, 16)
+    drifts[:, 0], residuals[:, 0] = 1e4 * torch.randn(4, 16, generator=draw), 1e5
+    halves = Half(), Half()
+    for number in range(4):
+        halves[number % 2].add(inputs[number], inputs[number], drifts[number], residuals[number])
+    found = corrected(weight, halves) - weight
+    assert (found - lacking).square().mean() < 0.03 * lacking.square().mean()
 
 
 def test_no_calibration_text_is_in_the_evaluations() -> None:
