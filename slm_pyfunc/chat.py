@@ -216,6 +216,11 @@ def read_request(
         return Asked(runtime.encode_chat(read), parameters, None)
     prompt = runtime.encode_chat(tools.with_tools(read), tools.rendered, tools.begins)
     if schema := tools.schema():  # it ends the answer: a stop string would cut the arguments
+        try:
+            runtime.tokenizer.grammar(schema)
+        except RequestError as error:
+            reason = str(error).partition(": ")[2]
+            raise RequestError(f"tools: no grammar of their schemas: {reason}") from error
         parameters = replace(parameters, schema=schema, stop=())
     return Asked(prompt, parameters, tools)
 

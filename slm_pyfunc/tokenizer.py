@@ -113,19 +113,14 @@ class Tokenizer:
             ) from error
 
     def grammar(self, schema: str) -> "Grammar":
-        """The grammar of a JSON schema; RequestError if it is malformed, or no text fits it."""
+        """The grammar of a JSON schema; RequestError if it is malformed."""
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self.guide, LLMatcher.grammar_from_json_schema(schema))
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())
             raise RequestError(f"response_format.json_schema.schema is not a JSON schema: {reason}")
-        made = Grammar(matcher, self.guide.vocab_size, self.rows)
-        try:
-            made.within(np.zeros(self.rows, np.float32))
-        except RuntimeError as error:  # no text fits it, as none does {"$ref": "#"}
-            raise RequestError(str(error)) from error
-        return made
+        return Grammar(matcher, self.guide.vocab_size, self.rows)
 
 
 class TextStream:
@@ -169,7 +164,7 @@ class Grammar:
     def within(self, scores: np.ndarray) -> np.ndarray:
         """Scores, float32 [vocabulary], with -inf for the tokens that may not come next.
 
-        RuntimeError if no token may.
+        RequestError if no token may: no text fits the schema, as none does {"$ref": "#"}.
         """
         from llguidance.numpy import fill_next_token_bitmask
 
@@ -177,7 +172,9 @@ class Grammar:
         allowed = np.unpackbits(self.mask.view(np.uint8), bitorder="little")[: self.rows]
         if self.matcher.is_error() or not allowed.any():
             reason = " ".join(self.matcher.get_error().partition("<state>")[0].split())
-            raise RuntimeError(f"response_format: no token fits the schema. {reason}".rstrip())
+            raise RequestError(
+                f"no token fits the schema of response_format, or of the tools. {reason}".rstrip()
+            )
         return np.where(allowed, scores, np.float32(-np.inf))
 
     def accept(self, token: int) -> None:

@@ -15,6 +15,7 @@ from mlflow.pyfunc import PythonModelContext
 
 from slm_pyfunc.chat import ChatModel
 from slm_pyfunc.engine.scheduler import receive
+from slm_pyfunc.interface import mlflow_errors
 from slm_pyfunc.prompt import PromptModel
 from tests.test_tools import ARGUMENTS, HERMES, TOOLS, load
 
@@ -67,6 +68,12 @@ def deep(levels: int, key: str = "properties") -> Any:
     return value
 
 
+ENDLESS = {  # only from its second token on
+    "type": "object",
+    "properties": {"a": {"$ref": "#/$defs/x"}},
+    "required": ["a"],
+    "$defs": {"x": {"$ref": "#/$defs/x"}},
+}
 LARGEST = 10**4300 - 1  # that Python's json reads
 NUMBERS = [0, -1, 0.5, 2**40, LARGEST, float("nan"), float("inf")]
 TEXTS = ["", "x", "\ud800", "a\0b", "9" * 5000, "<|im_end|>", "[" * 2000, "{}", '{"a": "\\ud800"}']
@@ -112,11 +119,12 @@ def answered(model: Model, body: dict[str, Any], streamed: bool) -> str:
     try:
         answer = model.begin(body, SimpleQueue(), streamed)
         said: list[Any] = []
-        for event in receive(answer.sequences):
-            said += answer.take(*event)
-            if len(said) > 40:
-                answer.cancel()
-                return "long"
+        with mlflow_errors():
+            for event in receive(answer.sequences):
+                said += answer.take(*event)
+                if len(said) > 40:
+                    answer.cancel()
+                    return "long"
         said = said if streamed else [answer.whole()]
     except MlflowException as error:
         assert error.get_http_status_code() == 400, error.message
@@ -176,6 +184,9 @@ def with_schema(schema: Any) -> dict[str, Any]:
         ("schema", "logit_bias", {"9" * 5000: 1}, "it must map token ids to numbers"),
         ("schema", "response_format", with_schema(deep(300)), "is nested too deep"),
         ("schema", "response_format", with_schema({"$ref": "#"}), "no token fits the schema"),
+        ("schema", "response_format", with_schema(ENDLESS), "no token fits the schema"),
+        ("calls", "tools", with_parameters(**{"$ref": "#"}), "no token fits the schema"),
+        ("calls", "tools", with_parameters(type="wat"), "tools: no grammar of their schemas"),
         pytest.param("schema", "max_tokens", LARGEST, "no room for max_tokens 999", id="largest"),
         ("prompt", "echo", deep(990, ""), "echo is nested too deep"),
     ],
@@ -183,7 +194,8 @@ def with_schema(schema: Any) -> dict[str, Any]:
 def test_what_cannot_be_read_is_told(
     models: dict[str, Model], kind: str, field: str, value: Any, words: str
 ) -> None:
-    body = BODIES[kind] | {field: value}
+    most = "max_completion_tokens" if kind == "calls" else "max_tokens"
+    body = BODIES[kind] | {most: 60, field: value}  # enough that a grammar comes to its end
     assert words in answered(models[kind], body, False)
 
 

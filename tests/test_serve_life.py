@@ -23,11 +23,16 @@ from typing import Any
 
 import mlflow
 import pytest
+import transformers
+import uvicorn
+from fastapi.responses import PlainTextResponse
 
 from slm.config.packaging import Interface
 from slm.serving import follow, models, run
+from slm.serving.connection import Connection
 from slm.serving.follow import Follower
 from slm.serving.models import Served, load
+from slm.serving.one_by_one import OneByOne
 from slm.serving.service import Service
 from tests.conftest import Packaged, Project, composed, copy_store, folder_of, log_onnx, tracking
 from tests.test_serve import CHAT, FRANCE, JSON, PROMPT, STORY, Server, chat, wait_until
@@ -130,12 +135,13 @@ def test_a_client_that_leaves_before_its_body_is_here_is_no_fault(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("limit", ["serve.timeout_s=2", "serve.shutdown_s=2"])
+@pytest.mark.parametrize("stops", [False, True])
 def test_a_client_that_does_not_read_holds_no_row_for_ever(
-    loaded: list[Served], limit: str
+    loaded: list[Served], stops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = loaded[0].runtime.scheduler
-    with running(loaded, limit) as here, socket.socket() as connection:
+    monkeypatch.setattr("slm.serving.connection.STALLED_S", 600.0 if stops else 2.0)
+    with running(loaded) as here, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", here.port))
         fields: Any = {"n": 16, "logprobs": True, "top_logprobs": 20, "stream": True}
@@ -145,15 +151,47 @@ def test_a_client_that_does_not_read_holds_no_row_for_ever(
         connections: Any = here.server.server_state.connections
         wait_until(lambda: any(one.flow.write_paused for one in connections))
         start = time.monotonic()
-        if limit.startswith("serve.shutdown_s"):
+        if stops:
             here.in_loop(here.server.end_requests)
         wait_until(lambda: not scheduler.open and not connections)
         assert time.monotonic() - start < 20
 
 
+def test_the_checkpoints_model_ends_at_its_context_by_any_route(lettered: Path) -> None:
+    pipeline = transformers.pipeline("text-generation", str(lettered))
+    context = pipeline.model.config.max_position_embeddings = 96
+    OneByOne(SimpleNamespace(get_raw_model=lambda: pipeline))
+    [answer] = pipeline("abc", max_new_tokens=10**6, eos_token_id=-1, return_tensors=True)
+    assert len(answer["generated_token_ids"]) == context
+
+
+@pytest.mark.parametrize(("pause_s", "whole"), [(0.1, True), (6.0, False)])
+def test_a_client_that_reads_slowly_gets_all_unless_it_stalls(pause_s: float, whole: bool) -> None:
+    answer = PlainTextResponse("x" * 8_000_000)
+    own = type("Impatient", (Connection,), {"patience_s": 2.0, "limit_s": 600.0})
+    server = uvicorn.Server(uvicorn.Config(answer, http=own, log_level="error"))
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        client.connect(listener.getsockname())
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        read = 0
+        with contextlib.suppress(ConnectionResetError):
+            while piece := client.recv(200_000, socket.MSG_WAITALL):
+                read += len(piece)
+                time.sleep(pause_s)
+                pause_s = pause_s if whole else 0
+        server.should_exit = True
+        thread.join(60)
+    assert (read > 8_000_000) is whole
+
+
 def test_invocations_have_an_end_too(loaded: list[Served]) -> None:
     with running(loaded, "serve.timeout_s=0.2") as here, ThreadPoolExecutor(1) as pool:
-        body, path = chat(STORY, max_tokens=100), f"/invocations?model={CHAT}"
+        no_end = {str(token): -100 for token in (0, 2)}
+        body = chat(STORY, max_tokens=1900, logit_bias=no_end)
+        path = f"/invocations?model={CHAT}"
         status, answer, headers = here.ask("POST", path, body, **JSON)
         assert (status, answer["error"]["code"]) == (504, "timeout")
         here.service.settings.timeout_s = 600

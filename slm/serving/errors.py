@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from slm.errors import one_line
 from slm.redaction import redacted
+from slm_pyfunc.plain import RequestError
 
 log = logging.getLogger("slm.serve")
 
@@ -79,6 +80,8 @@ def of_model(error: Exception, fields: Iterable[str], retry_after_s: int) -> Api
     """What a model raised; `fields` are the request's, of which the message may begin with one."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RequestError):  # found only while the model answered
+        return ApiError(400, str(error))
     if not isinstance(error, MlflowException):
         return ApiError(500, f"the model failed: {type(error).__name__}: {one_line(error)}")
     status = error.get_http_status_code()

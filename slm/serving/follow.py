@@ -13,6 +13,7 @@ from slm.serving.service import Service
 log = logging.getLogger("slm.serve")
 
 HEADROOM = 1.2  # of the memory that the version before took up
+REGISTRY_S = 30.0  # in which the registry has to answer, lest other models wait
 TRIES_AGAIN_S = 600.0  # after a version that could not be taken up
 
 
@@ -43,11 +44,12 @@ class Follower:
     async def look(self, served: Served) -> None:
         """Take up the version that the alias names now, if it is another one.
 
-        In threads that keep no process from ending: a registry may take minutes to be given up.
+        In threads that keep no process from ending: a download may take minutes to be given up.
         """
         now, named = asyncio.get_running_loop().time, ""
         try:
-            _, named = await in_daemon(pinned_uri, served.uri)
+            async with asyncio.timeout(REGISTRY_S):
+                _, named = await in_daemon(pinned_uri, served.uri)
             if self.failed.get((served.name, named), 0) > now() or named == served.version:
                 return
             self.service.add(await in_daemon(self.next, served))

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -19,7 +20,7 @@ log = logging.getLogger("slm.serve")
 
 API_KEY = "SLM_API_KEY"  # the environment variable of the key that clients have to send
 OPEN = ("/", "/health", "/ready", "/ping", "/metrics", "/version")  # without a key
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BODY_S = 60  # seconds in which a request's body has to arrive
 
 Scope = MutableMapping[str, Any]
@@ -43,7 +44,7 @@ class Guard:
 
     def __init__(self, app: FastAPI, settings: Serve) -> None:
         self.app, self.key = app, api_key()
-        self.is_local = settings.host in LOOPBACK
+        self.is_local = is_loopback(settings.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,10 +58,14 @@ class Guard:
             log.exception("%s %s failed", scope["method"], scope["path"])
 
     def refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
-        if self.is_local:  # a page of another site, by a name of its own for this address
-            host = headers.get(b"host", b"127.0.0.1").decode("latin-1").rpartition(":")
-            if (host[0] or host[2]) not in LOOPBACK and "".join(host) not in LOOPBACK:
-                return ApiError(403, f"the server answers for 127.0.0.1, not for {''.join(host)}")
+        if self.is_local:
+            # A page of another site, at its own address or by a name of its own for this one.
+            origin = headers.get(b"origin", b"").decode("latin-1")
+            address = f"//{headers.get(b'host', b'127.0.0.1').decode('latin-1')}"
+            for found in filter(None, (origin, address)):
+                if not is_loopback(host_of(found)):
+                    asked = found.removeprefix("//")
+                    return ApiError(403, f"the server answers for 127.0.0.1, not for {asked}")
         if not self.key or path in OPEN:
             return None
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
@@ -72,6 +77,19 @@ class Guard:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the host."""
+    return host.strip("[]") in LOOPBACK
+
+
+def host_of(address: str) -> str:
+    """The host of scheme://host:port; "" if there is none."""
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:
+        return ""
 
 
 async def read_body(request: Request, max_mb: float) -> bytes:

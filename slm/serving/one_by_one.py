@@ -42,6 +42,7 @@ class OneByOne:
 
     def __init__(self, pyfunc: Any) -> None:
         self.pyfunc, self.most_tokens = pyfunc, context_length(pyfunc)
+        keep_within(self.most_tokens, pyfunc)
         self.lock = threading.Lock()  # guards `waiting` and `working`
         self.waiting: deque[Place] = deque()
         self.working = False
@@ -82,7 +83,26 @@ class OneByOne:
 def context_length(pyfunc: Any) -> int:
     """Of a transformers pipeline: an answer past it would keep all others waiting."""
     config = getattr(getattr(pyfunc.get_raw_model(), "model", None), "config", None)
-    return getattr(config, "max_position_embeddings", MOST_TOKENS)
+    if config is None:
+        return MOST_TOKENS
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
+
+
+def keep_within(context_length: int, pyfunc: Any) -> None:
+    """End answers of a transformers pipeline at its context, by whichever route it is asked."""
+    model = getattr(pyfunc.get_raw_model(), "model", None)
+    if model is None:
+        return
+    generate = model.generate
+
+    def generate_within(*args: Any, **options: Any) -> Any:
+        prompt = options.get("input_ids", args[0] if args else None)
+        room = max(context_length - (0 if prompt is None else prompt.shape[-1]), 1)
+        if (options.get("max_new_tokens") or 0) > room:
+            options["max_new_tokens"] = room
+        return generate(*args, **options)
+
+    model.generate = generate_within
 
 
 def chat_of(request: dict[str, Any], most_tokens: int) -> dict[str, Any]:
@@ -90,7 +110,9 @@ def chat_of(request: dict[str, Any], most_tokens: int) -> dict[str, Any]:
     body = {
         name: value
         for name, value in request.items()
-        if name not in NO_MATTER and not is_absent(value) and value is not False
+        if name not in NO_MATTER
+        and not is_absent(value)
+        and (value is not False or name in PARAMETERS)
     }
     if body.get("n") == 1:
         del body["n"]

@@ -19,7 +19,7 @@ from slm.running.summary import INTERRUPTED
 from slm.running.tracking import downloads
 from slm.serving.connection import Connection, connections
 from slm.serving.follow import Follower
-from slm.serving.guard import API_KEY, LOOPBACK, api_key
+from slm.serving.guard import API_KEY, api_key, is_loopback
 from slm.serving.inbox import in_daemon
 from slm.serving.models import load, require_distinct
 from slm.serving.service import Service, application
@@ -38,7 +38,7 @@ def serve(config: Config) -> None:
     options = options_of(service)
     listener = listening(config.serve.host, config.port)
     host, port = listener.getsockname()[:2]
-    if config.serve.host not in LOOPBACK and not api_key():
+    if not is_loopback(config.serve.host) and not api_key():
         log.warning("anybody who reaches %s may ask: set %s to a key of your choice", host, API_KEY)
     log.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
     server = Server(options, service)

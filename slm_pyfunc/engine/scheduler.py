@@ -5,7 +5,10 @@ that is being answered. A sequence joins when there is room, and leaves when it 
 is read in turns with a long one that came before it.
 """
 
+import atexit
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +26,8 @@ from .sampling import Sampler, log_softmax
 
 PIECE_AMONG_OTHERS = 64  # tokens of prompts per turn while others are being answered
 SHORT_PROMPT = 256  # tokens of one that need not wait for the end of a longer one
+
+LAST_STEP_S = 30  # for which the process waits at its end
 
 # A token, its natural-log probability, and the most likely tokens with theirs.
 LogProbability = tuple[int, float, list[tuple[int, float]]]
@@ -120,6 +125,18 @@ class Sequence:
         self.events.put((self.choice, Completion(text, *counts, reason, self.logprobs)))
 
 
+SCHEDULERS: "weakref.WeakSet[Scheduler]" = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=SCHEDULERS.clear)  # their threads are the parent's
+
+
+@atexit.register
+def end_all() -> None:
+    """A thread that came back from ONNX Runtime while Python ends would abort the process."""
+    for scheduler in list(SCHEDULERS):
+        scheduler.end()
+
+
 class Scheduler:
     """Answers sequences of several threads together, at most `max_batch_size` at a time.
 
@@ -145,6 +162,8 @@ class Scheduler:
         self.open: list[Sequence] = []  # those with a row: the ones read, and the active ones
         self.active: list[tuple[Sequence, int]] = []  # each with the token to compute next
         self.reading: deque[Sequence] = deque()  # partly computed; the first is next
+        self.ended = False
+        SCHEDULERS.add(self)
 
     def submit(self, sequences: list[Sequence], may_wait: bool = False) -> None:
         """Queue sequences; raise Busy if the queue would be too long, unless these `may_wait`."""
@@ -165,7 +184,7 @@ class Scheduler:
     def work(self) -> None:
         while True:
             with self.lock:
-                if not (self.waiting or self.open):
+                if self.ended or not (self.waiting or self.open):
                     self.working = False
                     return
             with self.computing, self.turn():
@@ -176,6 +195,12 @@ class Scheduler:
                         self.decode()
                 except Exception as error:
                     self.fail(error)
+
+    def end(self) -> None:
+        """Compute nothing more; returns when the step under way is over."""
+        self.ended = True
+        if self.working:
+            self.computing.acquire(timeout=LAST_STEP_S)
 
     def read_prompts(self) -> None:
         """Compute a piece of the prompts that wait, smaller while others are being answered."""
