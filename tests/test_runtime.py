@@ -410,6 +410,23 @@ def test_an_abandoned_stream_frees_its_row(runtime: Runtime, prompts: list[str])
     assert not runtime.scheduler.decoder.rows  # type: ignore[attr-defined]
 
 
+ENDS_AMIDST = """
+import sys
+from queue import SimpleQueue
+from slm_pyfunc.engine.runtime import Runtime
+from slm_pyfunc.parameters import Parameters
+events = SimpleQueue()
+Runtime(sys.argv[1]).begin(["Once upon a time"], Parameters(max_tokens=2000), events, True)
+events.get()
+"""
+
+
+def test_a_process_may_end_while_a_model_answers(onnx: Path) -> None:
+    command = [sys.executable, "-c", ENDS_AMIDST, str(onnx)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
 def test_a_full_queue_says_busy_and_recovers(onnx: Path, prompts: list[str]) -> None:
     runtime = Runtime(onnx, max_batch_size=1, max_queue_size=1)
     streams = [runtime.stream(prompt, Parameters(max_tokens=2000)) for prompt in prompts[:2]]
