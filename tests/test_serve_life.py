@@ -17,7 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,12 +159,20 @@ def test_a_client_that_does_not_read_holds_no_row_for_ever(
         assert time.monotonic() - start < 20
 
 
-def test_the_checkpoints_model_ends_at_its_context_by_any_route(lettered: Path) -> None:
+def test_the_checkpoints_model_ends_at_its_context_or_with_its_client(lettered: Path) -> None:
     pipeline = transformers.pipeline("text-generation", str(lettered))
-    context = pipeline.model.config.max_position_embeddings = 96
-    OneByOne(SimpleNamespace(get_raw_model=lambda: pipeline))
-    [answer] = pipeline("abc", max_new_tokens=10**6, eos_token_id=-1, return_tensors=True)
-    assert len(answer["generated_token_ids"]) == context
+    config, said = pipeline.model.config, SimpleQueue[Any]()
+    ask = partial(pipeline, "abc", max_new_tokens=10**6, eos_token_id=-1, return_tensors=True)
+    queue = OneByOne(SimpleNamespace(get_raw_model=lambda: pipeline))
+    place = queue.queue(ask, said)
+    wait_until(lambda: queue.place is place)
+    place.cancel()
+    _, [answer] = said.get(timeout=60)
+    assert len(answer["generated_token_ids"]) < config.max_position_embeddings / 2
+    queue.most_tokens = 96
+    queue.queue(ask, said)
+    _, [answer] = said.get(timeout=60)
+    assert len(answer["generated_token_ids"]) == 96
 
 
 @pytest.mark.parametrize(("pause_s", "whole"), [(0.1, True), (6.0, False)])

@@ -3,8 +3,10 @@
 The transformers flavor, and ONNX models of earlier versions of the project.
 """
 
+import atexit
 import threading
 import uuid
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 from slm.serving.errors import ApiError, busy
 from slm.serving.inbox import Inbox
 from slm_pyfunc.chat import read_message
+from slm_pyfunc.engine.scheduler import Events
 from slm_pyfunc.interface import NO_MATTER
 from slm_pyfunc.parameters import Parameters, RequestError, is_absent
 
@@ -22,6 +25,7 @@ PARAMETERS = ("max_tokens", "temperature", "top_p")
 HEEDED = {"messages", "max_completion_tokens", *PARAMETERS}
 MOST_TOKENS = 2**31 - 1  # where no context length is known; MLflow cannot take more
 WAITING = 64  # requests that may wait
+LAST_STEP_S = 30  # for which the process waits at its end
 
 
 @dataclass(eq=False)
@@ -29,12 +33,22 @@ class Place:
     """A piece of work in the queue; its outcome goes into the inbox."""
 
     work: Callable[[], Any]
-    inbox: Inbox
+    inbox: Events
     cancelled: bool = False
 
     def cancel(self) -> None:
-        """It does not begin, if it has not; what is computed is computed to its end."""
+        """It does not begin, or ends after the token that is computed."""
         self.cancelled = True
+
+
+QUEUES: "weakref.WeakSet[OneByOne]" = weakref.WeakSet()
+
+
+@atexit.register
+def end_all() -> None:
+    """A thread that came back from torch while Python ends would abort the process."""
+    for queue in list(QUEUES):
+        queue.end()
 
 
 class OneByOne:
@@ -42,42 +56,76 @@ class OneByOne:
 
     def __init__(self, pyfunc: Any) -> None:
         self.pyfunc, self.most_tokens = pyfunc, context_length(pyfunc)
-        keep_within(self.most_tokens, pyfunc)
+        self.bound_answers()
         self.lock = threading.Lock()  # guards `waiting` and `working`
         self.waiting: deque[Place] = deque()
-        self.working = False
+        self.working: threading.Thread | None = None
+        self.place: Place | None = None  # what is being computed
+        self.ended = False
+        QUEUES.add(self)
 
     def begin(self, request: dict[str, Any], inbox: Inbox, streamed: bool) -> "WholeAnswer":
         """Queue the answer to a chat; ApiError if a field is wrong, or too many wait."""
         work = partial(self.pyfunc.predict, chat_of(request, self.most_tokens))
         return WholeAnswer(request.get("model"), self.queue(work, inbox))
 
-    def queue(self, work: Callable[[], Any], inbox: Inbox) -> Place:
+    def queue(self, work: Callable[[], Any], inbox: Events) -> Place:
         place = Place(work, inbox)
         with self.lock:
             self.waiting = deque(other for other in self.waiting if not other.cancelled)
             if len(self.waiting) >= WAITING:
                 raise busy(f"busy: {WAITING} requests wait. Ask again later.", 1)
             self.waiting.append(place)
-            if not self.working:
-                self.working = True
-                threading.Thread(target=self.work, name="one-by-one", daemon=True).start()
+            if self.working is None:
+                self.working = threading.Thread(target=self.work, name="one-by-one", daemon=True)
+                self.working.start()
         return place
 
     def work(self) -> None:
         """Do one piece of work after the other, while there are any."""
         while True:
             with self.lock:
-                if not self.waiting:
-                    self.working = False
+                if self.ended or not self.waiting:
+                    self.working = None
                     return
-                place = self.waiting.popleft()
+                self.place = place = self.waiting.popleft()
             if place.cancelled:
                 continue
             try:
                 place.inbox.put((0, place.work()))
             except Exception as error:  # of whatever library: it is this request's
                 place.inbox.put((0, error))
+
+    def bound_answers(self) -> None:
+        """End answers of a transformers pipeline at its context, and those that nobody waits for.
+
+        By whichever route it is asked.
+        """
+        model = getattr(self.pyfunc.get_raw_model(), "model", None)
+        if model is None:
+            return
+        generate = model.generate
+
+        def generate_bounded(*args: Any, **options: Any) -> Any:
+            prompt = options.get("input_ids", args[0] if args else None)
+            room = max(self.most_tokens - (0 if prompt is None else prompt.shape[-1]), 1)
+            if (options.get("max_new_tokens") or 0) > room:
+                options["max_new_tokens"] = room
+            options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), self.is_over]
+            return generate(*args, **options)
+
+        model.generate = generate_bounded
+
+    def is_over(self, ids: Any, scores: Any, **_: Any) -> Any:
+        """Whether nobody waits any more, for each row of ids: a stopping criterion."""
+        over = self.ended or (self.place is not None and self.place.cancelled)
+        return ids.new_full((len(ids),), over).bool()
+
+    def end(self) -> None:
+        """Compute nothing more; returns when the token under way is there."""
+        self.ended = True
+        if (working := self.working) is not None:
+            working.join(LAST_STEP_S)
 
 
 def context_length(pyfunc: Any) -> int:
@@ -86,23 +134,6 @@ def context_length(pyfunc: Any) -> int:
     if config is None:
         return MOST_TOKENS
     return getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
-
-
-def keep_within(context_length: int, pyfunc: Any) -> None:
-    """End answers of a transformers pipeline at its context, by whichever route it is asked."""
-    model = getattr(pyfunc.get_raw_model(), "model", None)
-    if model is None:
-        return
-    generate = model.generate
-
-    def generate_within(*args: Any, **options: Any) -> Any:
-        prompt = options.get("input_ids", args[0] if args else None)
-        room = max(context_length - (0 if prompt is None else prompt.shape[-1]), 1)
-        if (options.get("max_new_tokens") or 0) > room:
-            options["max_new_tokens"] = room
-        return generate(*args, **options)
-
-    model.generate = generate_within
 
 
 def chat_of(request: dict[str, Any], most_tokens: int) -> dict[str, Any]:
