@@ -325,7 +325,8 @@ def corrected(weight: torch.Tensor, halves: tuple[Half, Half]) -> torch.Tensor:
 
 def ridge(moments: torch.Tensor, products: torch.Tensor, damping: float) -> torch.Tensor:
     """What [outputs, inputs] gives such `products` with inputs of such moments, or nearly so."""
-    damped = moments + (damping * float(moments.diag().mean()) or 1.0) * torch.eye(len(moments))
+    damped = moments.clone()
+    damped.diagonal().add_(damping * float(moments.diag().mean()) or 1.0)
     return torch.cholesky_solve(products.T, torch.linalg.cholesky(damped)).T
 
 
