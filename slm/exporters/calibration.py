@@ -327,7 +327,7 @@ def ridge(moments: torch.Tensor, products: torch.Tensor, damping: float) -> torc
     """What [outputs, inputs] gives such `products` with inputs of such moments, or nearly so."""
     damped = moments.clone()
     damped.diagonal().add_(damping * float(moments.diag().mean()) or 1.0)
-    return torch.cholesky_solve(products.T, torch.linalg.cholesky(damped)).T
+    return torch.linalg.solve(damped, products.T).T
 
 
 def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
