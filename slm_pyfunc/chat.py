@@ -4,6 +4,7 @@ https://platform.openai.com/docs/api-reference/chat
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from .engine.scheduler import Completion, Events, LogProbability, Sequence, rece
 from .interface import Answer, header, mlflow_errors, open_runtime, require_known
 from .parameters import Parameters, RequestError, is_absent
 from .plain import require_text
-from .tokenizer import Tokenizer
+from .tokenizer import NoGrammar, Tokenizer
 from .tools import NOTHING, Tools, as_content, read_calls, read_tools
 
 ROLES = ("system", "user", "assistant")
@@ -54,7 +55,10 @@ class ChatModel(PythonModel):
                 read_request(row, self.runtime, self.dialect)
                 for row in model_input.astype(object).to_dict("records")
             ]
-            answers = self.runtime.answer([a.prompt for a in asked], [a.parameters for a in asked])
+            with naming_tools(asked):
+                answers = self.runtime.answer(
+                    [a.prompt for a in asked], [a.parameters for a in asked]
+                )
         completions = [
             self.completion(answer, of.tools) for answer, of in zip(answers, asked, strict=True)
         ]
@@ -91,7 +95,8 @@ class ChatModel(PythonModel):
         asked = read_request(request, self.runtime, self.dialect)
         kind = "chat.completion.chunk" if streamed else "chat.completion"
         head = header("chatcmpl", kind, request.get("model") or self.model)
-        sequences = self.runtime.begin([asked.prompt], asked.parameters, events, streamed)
+        with naming_tools([asked]):
+            sequences = self.runtime.begin([asked.prompt], asked.parameters, events, streamed)
         form = ChatForm(self.runtime.tokenizer, asked.tools)
         return Answer(form, head, asked.parameters.n, sequences)
 
@@ -118,6 +123,17 @@ class Asked(NamedTuple):
     prompt: list[int]
     parameters: Parameters
     tools: Tools | None
+
+
+@contextmanager
+def naming_tools(asked: list[Asked]) -> Iterator[None]:
+    """An error in the schema of a call that is forced is one of the tools, not of a response."""
+    try:
+        yield
+    except NoGrammar as error:
+        if any(a.tools is not None and a.parameters.schema == error.schema for a in asked):
+            raise RequestError(f"tools: no grammar of their schemas: {error.reason}") from error
+        raise
 
 
 class ChatForm:
@@ -216,11 +232,6 @@ def read_request(
         return Asked(runtime.encode_chat(read), parameters, None)
     prompt = runtime.encode_chat(tools.with_tools(read), tools.rendered, tools.begins)
     if schema := tools.schema():  # it ends the answer: a stop string would cut the arguments
-        try:
-            runtime.tokenizer.grammar(schema)
-        except RequestError as error:
-            reason = str(error).partition(": ")[2]
-            raise RequestError(f"tools: no grammar of their schemas: {reason}") from error
         parameters = replace(parameters, schema=schema, stop=())
     return Asked(prompt, parameters, tools)
 

@@ -17,6 +17,14 @@ from .chat_template import ChatTemplate, read_json
 from .plain import RequestError, require_text
 
 
+class NoGrammar(RequestError):
+    """No answer can be held to a JSON schema, for a reason."""
+
+    def __init__(self, told: str, reason: str, schema: str) -> None:
+        super().__init__(f"{told}: {reason}")
+        self.reason, self.schema = reason, schema
+
+
 class Tokenizer:
     """The tokenizer of an ONNX folder. Its methods may be called from several threads."""
 
@@ -98,29 +106,28 @@ class Tokenizer:
     def guide(self) -> Any:
         """llguidance's view of the tokenizer; half a second for 50,000 tokens, so made when needed.
 
-        Raises RequestError if llguidance does not know its kind.
+        Raises ValueError if llguidance does not know its kind.
         """
         from llguidance import LLTokenizer
 
         text = (self.folder / "tokenizer.json").read_text(encoding="utf-8")
         count = max(self.rows, *(token + 1 for token in named_ids(json.loads(text))))
-        try:
-            return LLTokenizer(text, n_vocab=count, eos_token=sorted(self.end_tokens))
-        except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise RequestError(
-                f"response_format: no grammars for this model's tokenizer: {reason}"
-            ) from error
+        return LLTokenizer(text, n_vocab=count, eos_token=sorted(self.end_tokens))
 
     def grammar(self, schema: str) -> "Grammar":
-        """The grammar of a JSON schema; RequestError if it is malformed."""
+        """The grammar of a JSON schema; NoGrammar if it is malformed, or the tokenizer has none."""
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self.guide, LLMatcher.grammar_from_json_schema(schema))
+        try:
+            guide = self.guide
+        except ValueError as error:
+            told, reason = "response_format: no grammars for this model's tokenizer", str(error)
+            raise NoGrammar(told, " ".join(reason.split()), schema) from error
+        matcher = LLMatcher(guide, LLMatcher.grammar_from_json_schema(schema))
         if matcher.is_error():
-            reason = " ".join(matcher.get_error().split())
-            raise RequestError(f"response_format.json_schema.schema is not a JSON schema: {reason}")
-        return Grammar(matcher, self.guide.vocab_size, self.rows)
+            told = "response_format.json_schema.schema is not a JSON schema"
+            raise NoGrammar(told, " ".join(matcher.get_error().split()), schema)
+        return Grammar(matcher, guide.vocab_size, self.rows)
 
 
 class TextStream:

@@ -26,7 +26,6 @@ from .sampling import Sampler, log_softmax
 
 PIECE_AMONG_OTHERS = 64  # tokens of prompts per turn while others are being answered
 SHORT_PROMPT = 256  # tokens of one that need not wait for the end of a longer one
-
 LAST_STEP_S = 30  # for which the process waits at its end
 
 # A token, its natural-log probability, and the most likely tokens with theirs.
