@@ -200,8 +200,8 @@ def test_the_estimate_of_what_int4_harms_is_what_it_harms(tiny: Path, tmp_path: 
             model(text)
             hook.remove()
             before = linear.weight
-            moments = sum_of(product(x, x) for x in inputs)
-            linear.weight = rounding.round(name, before, moments, sweeps=0).weight(before.shape[1])
+            seen = Inputs(sum_of(product(x, x) for x in inputs).numpy())
+            linear.weight = rounding.round(name, before, seen, sweeps=0).weight(before.shape[1])
             rounded = torch.log_softmax(model(text).logits, -1)
             linear.weight = before
             divergence = float((whole.exp() * (whole - rounded)).sum(-1).mean())
@@ -305,9 +305,9 @@ def test_calibration_that_broke_off_goes_on_after_its_last_layer(
         assert (folder / file).read_bytes() == (whole / file).read_bytes(), name
 
 
-def halves_of(inputs: torch.Tensor, drifts: torch.Tensor) -> tuple[Half, Half]:
+def halves_of(inputs: torch.Tensor, drifts: torch.Tensor) -> list[Half]:
     """What a text of four windows [4, positions, inputs] tells, whose residual lacks `drifts`."""
-    halves = Half(), Half()
+    halves = [Half(), Half()]
     for number, (x, drift) in enumerate(zip(inputs, drifts, strict=True)):
         halves[number % 2].add(x, x, drift, torch.ones_like(drift))
     return halves
@@ -332,7 +332,7 @@ def test_a_position_counts_as_the_norm_that_follows_makes_it_count() -> None:
     weight, lacking = (torch.randn(16, 64, generator=draw) for _ in range(2))
     drifts, residuals = inputs @ lacking.T, torch.ones(4, 256, 16)
     drifts[:, 0], residuals[:, 0] = 1e4 * torch.randn(4, 16, generator=draw), 1e5
-    halves = Half(), Half()
+    halves = [Half(), Half()]
     for number in range(4):
         halves[number % 2].add(inputs[number], inputs[number], drifts[number], residuals[number])
     found = corrected(weight, halves) - weight

@@ -8,6 +8,7 @@ of the folder, and a layer that has one is not made again.
 """
 
 import contextlib
+import copy
 import functools
 import itertools
 import time
@@ -54,25 +55,29 @@ class Rounding:
         self,
         name: str,
         weight: torch.Tensor,
-        moments: torch.Tensor,
+        inputs: Inputs,
         sweeps: int = SWEEPS,
     ) -> "Rounded":
-        """Round a weight on its inputs' moments."""
+        """Round a weight [outputs, inputs]."""
         bits, block_size = self.bits_of(name), self.block_size
         if self.searched:
-            importance = moments.diag().numpy()
-            integers, scales = search_scales(weight.numpy(), importance, bits, block_size)
+            integers, scales = search_scales(weight.numpy(), inputs.importance, bits, block_size)
         else:
-            inputs = Inputs(moments.numpy())
             integers, scales = round_weight(weight.numpy(), inputs, bits, block_size, sweeps)
         return Rounded(pack(integers, bits, block_size), scales, block_size)
 
     def round_corrected(
-        self, name: str, weight: torch.Tensor, halves: tuple["Half", "Half"]
-    ) -> "Rounded":
-        """Round a weight towards what the checkpoint has at its outputs."""
-        own = weight if self.searched else corrected(weight, halves)
-        return self.round(name, own, halves[0].moments + halves[1].moments)
+        self, weights: dict[str, torch.Tensor], halves: list["Half"]
+    ) -> dict[str, "Rounded"]:
+        """Round weights of the same inputs towards what the checkpoint has at their outputs.
+
+        Empties `halves`, whose room it needs.
+        """
+        if not self.searched:
+            weights = {name: corrected(weight, halves) for name, weight in weights.items()}
+        inputs = Inputs((halves[0].moments + halves[1].moments).numpy())
+        halves.clear()
+        return {name: self.round(name, weight, inputs) for name, weight in weights.items()}
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ def calibrate(
                 with decoder.filled(layer):
                     through = [output_of(call(layer, hidden)) for hidden in through]
             moments = sum_of(product(x, x) for x in map(norm, through))
-            saved.add(names[embedding], rounding.round(names[head], embedding.weight, moments))
+            inputs = Inputs(moments.numpy())
+            saved.add({names[embedding]: rounding.round(names[head], embedding.weight, inputs)})
             saved.write()
         embedding.weight = saved[names[embedding]].weight(embedding.weight.shape[1])
     rounded = decoder.embedded()
@@ -128,7 +134,7 @@ def calibrate(
             if file.arrays:
                 whole = [output_of(call(layer, hidden)) for hidden in whole]
             else:
-                whole = quantize_layer(layer, call, whole, rounded, names, rounding, file)
+                quantize_layer(layer, call, whole, rounded, names, rounding, file)
                 file.write()
             for name in file.names():
                 linear: Any = layer.get_submodule(name.removeprefix(f"{names[layer]}."))
@@ -137,10 +143,10 @@ def calibrate(
     if not saved.arrays:
         decoder.fill_head()
         whole, rounded = [norm(x) for x in whole], [norm(x) for x in rounded]
-        halves = Half(), Half()
+        halves = [Half(), Half()]
         for number, (own, x) in enumerate(zip(whole, rounded, strict=True)):
             halves[number % 2].add(x, own)
-        saved.add(names[head], rounding.round_corrected(names[head], head.weight, halves))
+        saved.add(rounding.round_corrected({names[head]: head.weight}, halves))
         saved.write()
 
 
@@ -187,15 +193,15 @@ def traced(
     until: nn.Linear | None = None,
     silent: Iterable[nn.Linear] = (),
 ) -> Trace:
-    """Run a layer to its end, or to the input of one linear; `silent` linears give zeros."""
+    """Run a layer to its end, or through one of its linears; `silent` ones give zeros."""
     trace = Trace(hidden, {}, {}, hidden)
 
     def hook(linear: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
         trace.inputs[linear] = args[0]
-        if linear is until:
-            raise Reached
         if output.shape == hidden.shape:
             trace.outputs[linear] = output
+        if linear is until:
+            raise Reached
         return torch.zeros_like(output) if linear in silent else None
 
     linears = (module for module in layer.modules() if isinstance(module, nn.Linear))
@@ -215,41 +221,41 @@ def quantize_layer(
     names: dict[nn.Module, str],
     rounding: Rounding,
     file: "Saved",
-) -> list[torch.Tensor]:
+) -> None:
     """Round a layer's linears in the order in which they run, on inputs from those before.
 
-    Returns what the checkpoint's own layer makes of `whole`.
+    The windows of `whole` become what the checkpoint's own layer makes of them. It runs beside the
+    rounded one for each group of linears anew: keeping what it had would take gigabytes.
     """
     first = traced(layer, call, whole[0])
-    writers = residual_writers(layer, call, first)
-    groups = groups_of(first.inputs)
-    outputs, wanted = [], []  # for each window; what is wanted goes as its group is rounded
-    for hidden in whole:
-        trace = traced(layer, call, hidden)
-        outputs.append(trace.output)
-        wanted.append(
-            [
-                (trace.inputs[lead], trace.residual(lead, writers) if lead in writers else None)
-                for lead, *_ in groups
-            ]
-        )
-    del first, trace
+    writers, groups = residual_writers(layer, call, first), groups_of(first.inputs)
+    del first
+    # Of the same weights, which the layer's linears lose one by one.
+    own_layer = copy.deepcopy(layer, {id(weight): weight for weight in layer.parameters()})
+    own_of = dict(zip(layer.modules(), own_layer.modules(), strict=True))
+    own_writers = [own_of[writer] for writer in writers]
     for linears in groups:
-        lead = linears[0]
-        halves = Half(), Half()
-        for number, (hidden, left) in enumerate(zip(rounded, wanted, strict=True)):
-            own = traced(layer, call, hidden, None if lead in writers[1:] else lead)
-            wanted_x, residual = left.pop(0)
-            half, x = halves[number % 2], own.inputs[lead]
-            if residual is None:
-                half.add(x, wanted_x)
+        lead, last = linears[0], linears is groups[-1]
+        own_lead, to_end = own_of[lead], last or lead in writers[1:]
+        halves = [Half(), Half()]
+        for number, hidden in enumerate(rounded):
+            trace = traced(layer, call, hidden, None if to_end else lead)
+            own = traced(own_layer, call, whole[number], None if to_end else own_lead)
+            half, x, own_x = halves[number % 2], trace.inputs[lead], own.inputs[own_lead]
+            if lead in writers:
+                residual = own.residual(own_lead, own_writers)
+                drift = residual - trace.residual(lead, writers)
+                half.add(x, own_x, drift, residual + own.outputs[own_lead])
             else:
-                half.add(x, wanted_x, residual - own.residual(lead, writers), outputs[number])
-        del own, x, wanted_x, residual
+                half.add(x, own_x)
+            if last:
+                whole[number] = own.output
+        del half, trace, own
+        weights = {names[linear]: linear.weight for linear in linears}
+        file.add(rounding.round_corrected(weights, halves))
+        del weights
         for linear in linears:
-            file.add(names[linear], rounding.round_corrected(names[linear], linear.weight, halves))
             linear.weight = file[names[linear]].weight(linear.in_features)
-    return outputs
 
 
 class Half:
@@ -268,13 +274,13 @@ class Half:
         x: torch.Tensor,
         own_x: torch.Tensor,
         drift: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
+        normed: torch.Tensor | None = None,
     ) -> None:
-        """Add a window. Where the norms that follow divide by a residual, an error counts less.
+        """Add a window. Where the norm that follows divides by what is `normed`, errors count less.
 
-        The first token's residual is a thousand times the others' in many models.
+        The first token's is a thousand times the others' in many models.
         """
-        weighed = x if residual is None else x / (residual.square().mean(-1, keepdim=True) + TINY)
+        weighed = x if normed is None else x / (normed.square().mean(-1, keepdim=True) + TINY)
         self.moments = self.moments + product(weighed, x)
         self.change = self.change + product(own_x - x, weighed)
         if drift is not None:
@@ -301,7 +307,7 @@ def residual_writers(layer: nn.Module, call: Call, trace: Trace) -> list[nn.Line
     return writers
 
 
-def corrected(weight: torch.Tensor, halves: tuple[Half, Half]) -> torch.Tensor:
+def corrected(weight: torch.Tensor, halves: list[Half]) -> torch.Tensor:
     """The weight whose outputs on the quantized stream are nearest to the checkpoint's.
 
     By ridge regression, damped as is best for the second half if it is fitted to the first, or not
@@ -352,10 +358,11 @@ class Saved:
     def __getitem__(self, name: str) -> Rounded:
         return Rounded(self.arrays[name + PACKED], self.arrays[name + SCALES], self.block_size)
 
-    def add(self, name: str, rounded: Rounded) -> None:
-        # safetensors writes an array's memory as it lies, whatever its strides.
-        packed, scales = map(np.ascontiguousarray, (rounded.packed, rounded.scales))
-        self.arrays |= {name + PACKED: packed, name + SCALES: scales}
+    def add(self, rounded: dict[str, Rounded]) -> None:
+        for name, own in rounded.items():
+            # safetensors writes an array's memory as it lies, whatever its strides.
+            packed, scales = map(np.ascontiguousarray, (own.packed, own.scales))
+            self.arrays |= {name + PACKED: packed, name + SCALES: scales}
 
     def write(self) -> None:
         with in_one_motion(self.path) as partial:

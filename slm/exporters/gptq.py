@@ -5,6 +5,8 @@ coordinate descent over scales and integers (QuantEase, https://arxiv.org/abs/23
 minimise is the weighted error: the squared difference of the products, summed over the inputs.
 """
 
+from functools import cached_property
+
 import numpy as np
 from scipy.linalg import cholesky
 from scipy.linalg.lapack import dtrtri
@@ -19,17 +21,22 @@ DAMPING = 0.01  # of the moments' mean diagonal
 
 
 class Inputs:
-    """What rounding has to know of a linear's inputs: their damped `moments`, X^T X."""
+    """What rounding has to know of a linear's inputs: their `moments`, X^T X, which are damped."""
 
     def __init__(self, moments: np.ndarray) -> None:
+        self.importance = moments.diagonal().copy()
         self.hessian = moments.astype(np.float32, copy=True)
         diagonal = self.hessian.reshape(-1)[:: len(moments) + 1]
         diagonal += DAMPING * (diagonal.mean() or 1)
-        # Upper triangle U with U^T U = H^-1, by the Cholesky factor of H from its end to its start.
+
+    @cached_property
+    def upper(self) -> np.ndarray:
+        """The upper triangle U with U^T U = H^-1."""
+        # By the Cholesky factor of H from its end to its start.
         flipped = self.hessian[::-1, ::-1].astype(np.float64, order="F")
         lower = cholesky(flipped, True, overwrite_a=True)
         inverse, _ = dtrtri(lower, lower=1, overwrite_c=1)
-        self.upper = inverse[::-1, ::-1].astype(np.float32)
+        return inverse[::-1, ::-1].astype(np.float32)
 
 
 def round_weight(
@@ -41,11 +48,12 @@ def round_weight(
     """
     integers = np.empty(weight.shape, np.int16)
     scales = np.empty((len(weight), -(-weight.shape[1] // block_size)), np.float16)
+    upper = inputs.upper
 
     def round_rows(rows: slice) -> None:
         wanted = np.ascontiguousarray(weight[rows].T, np.float32)
         own = as_stored(signed_extremes(wanted, block_size) / -(2 ** (bits - 1)))
-        q = feed_errors_back(wanted, inputs.upper, own, bits, block_size)
+        q = feed_errors_back(wanted, upper, own, bits, block_size)
         difference = q * np.repeat(own, block_size, 0)[: len(q)] - wanted
         for _ in range(sweeps):
             sweep(wanted, inputs.hessian, q, own, difference, bits, block_size)

@@ -20,8 +20,17 @@ import torch
 from torch import nn
 
 from slm.errors import InputError
-from slm.exporters.calibration import Progress, Rounding, Saved, product, sum_of, traced
+from slm.exporters.calibration import (
+    Progress,
+    Rounding,
+    Saved,
+    groups_of,
+    product,
+    sum_of,
+    traced,
+)
 from slm.exporters.decoder import Call, Decoder, output_of
+from slm.exporters.gptq import Inputs
 from slm.running.whole import in_one_motion, write_whole
 
 WINDOWS = 16  # of the text, spread over it: as many as ranking the linears takes
@@ -193,11 +202,15 @@ def round_once(
     for x in hidden:
         trace = traced(module, call, x)
         outputs.append(trace.output)
-        own = {id(x): product(x, x) for x in trace.inputs.values()}
-        for linear, x in trace.inputs.items():
-            moments[linear] = moments.get(linear, torch.zeros(())) + own[id(x)]
-    for linear, moment in moments.items():
-        saved.add(names[linear], rounding.round(names[linear], linear.weight, moment, sweeps=0))
+        groups = groups_of(trace.inputs)
+        for lead, *_ in groups:
+            own = trace.inputs[lead]
+            moments[lead] = moments.get(lead, torch.zeros(())) + product(own, own)
+    for linears in groups:
+        inputs = Inputs(moments.pop(linears[0]).numpy())
+        for linear in linears:
+            name = names[linear]
+            saved.add({name: rounding.round(name, linear.weight, inputs, sweeps=0)})
     saved.write()
     return outputs
 
