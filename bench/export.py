@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from omegaconf import OmegaConf
 
-from slm.config.common import ROOT
+from slm.config.common import CONF
 from slm.config.target import ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import KilledError, StepError
 from slm.exporters import process
@@ -47,7 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "7B": {"hidden": 4096, "inner": 14336, "layers": 32, "heads": 32, "kv": 8, "vocab": 32768},
 }
 
-TEXT, TOKENS = str(ROOT / "data" / "calibration.jsonl"), 24576  # conf/export's own
+EXPORT = OmegaConf.load(CONF / "export" / "default.yaml")
 
 
 def write_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
@@ -156,9 +157,9 @@ def measure(name: str, asked: argparse.Namespace, scratch: Path) -> str:
         target=dataclasses.replace(target, budget_bits=asked.budget_bits),
         makers=["genai"],
         text="some text " * 40,
-        parity_tokens=8192,
-        calibration=read_calibration(TEXT) if quantizer.calibrates else [],
-        calibration_tokens=TOKENS,
+        parity_tokens=EXPORT.parity_tokens,
+        calibration=read_calibration(EXPORT.calibration) if quantizer.calibrates else [],
+        calibration_tokens=EXPORT.calibration_tokens,
         calibrated=str(calibrated),
         shared=str(scratch / "model.shared"),
     )
