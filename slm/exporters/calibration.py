@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from slm.errors import StepError
-from slm.exporters.decoder import Call, Decoder, Reached, output_of
+from slm.exporters.decoder import Call, Decoder, Reached, bfloat16_products, output_of
 from slm.exporters.gptq import SWEEPS, Inputs, pack, round_weight, search_scales, unpack
 from slm.running.whole import in_one_motion
 
@@ -94,6 +94,7 @@ class Rounded:
         return nn.Parameter(torch.from_numpy(values.reshape(len(values), -1)[:, :inputs].copy()))
 
 
+@bfloat16_products()
 @torch.no_grad()
 def calibrate(
     decoder: Decoder,

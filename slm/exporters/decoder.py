@@ -22,6 +22,20 @@ from slm.sources.weights import weight_files
 Call = Callable[[nn.Module, torch.Tensor], Any]
 
 
+@contextlib.contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Let torch round factors to bfloat16 where the CPU multiplies these faster (AMX, AVX-512).
+
+    Sums stay float32. A product is off by 0.2 %, and rounding a weight to int4 moves it by 5 to 10.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Tensors:
     """A checkpoint's tensors by name, in float32, read when they are asked for."""
 

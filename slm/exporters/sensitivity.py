@@ -29,7 +29,7 @@ from slm.exporters.calibration import (
     sum_of,
     traced,
 )
-from slm.exporters.decoder import Call, Decoder, output_of
+from slm.exporters.decoder import Call, Decoder, bfloat16_products, output_of
 from slm.exporters.gptq import Inputs
 from slm.running.whole import in_one_motion, write_whole
 
@@ -37,6 +37,7 @@ WINDOWS = 16  # of the text, spread over it: as many as ranking the linears take
 STATE = "back.npz"
 
 
+@bfloat16_products()
 @torch.no_grad()
 def sensitivity(
     decoder: Decoder, rounding: Rounding, folder: Path, said: Callable[[str], None]
