@@ -602,6 +602,16 @@ def test_openmps_limit_caps_the_threads(monkeypatch: pytest.MonkeyPatch) -> None
     assert available_cores() == 3
 
 
+@pytest.mark.parametrize("limit", ["1", "64"])
+def test_a_model_that_takes_fewer_than_all_cores_takes_no_turns(
+    tiny_onnx: Path, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slm_pyfunc.engine.cores.affinity", lambda: [0, 1])
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    turns = Runtime(tiny_onnx).scheduler.turn.turn is not None
+    assert turns == (available_cores() == 2)
+
+
 def test_telemetry_is_off_before_the_runtime_is_imported() -> None:
     code = "import slm_pyfunc, os, sys; assert 'onnxruntime_genai' not in sys.modules; "
     code += "print(os.environ['ORT_DISABLE_TELEMETRY'])"
