@@ -20,6 +20,7 @@ from slm.errors import InputError, ToldError
 from slm.evaluation.summary import next_lines
 from slm.running.command import split_overrides
 from tests.conftest import MODEL, TARGET, TINY, Packaged, Project, composed, tracking
+from tests.servers import WITHOUT_JOBS
 
 # They read what others of them change: the registry and the report that `main` left.
 pytestmark = pytest.mark.xdist_group("main")
@@ -62,12 +63,12 @@ def printed(packaged: Packaged, name: str) -> str:
 
 
 @contextlib.contextmanager
-def pasted(line: str, folder: Path, path: str) -> Iterator[str]:
+def pasted(line: str, folder: Path, path: str, **variables: str) -> Iterator[str]:
     """The line in a bare shell, in another folder; its address once it answers on that path."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), **variables}
     process = subprocess.Popen(
         ["bash", "-c", line.replace("-p 5001", "") + f" --port {port}"],
         cwd=folder,
@@ -108,7 +109,8 @@ def test_the_printed_serve_line_serves_from_a_bare_shell(
 def test_the_printed_look_line_shows_the_runs_from_a_bare_shell(
     packaged: Packaged, tmp_path: Path
 ) -> None:
-    with pasted(printed(packaged, "Look"), tmp_path, "/health") as address:
+    line = f"{printed(packaged, 'Look')} --workers 1"
+    with pasted(line, tmp_path, "/health", **WITHOUT_JOBS) as address:
         query = "ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=tests"
         found = json.load(urllib.request.urlopen(f"{address}/{query}"))
     assert found["experiment"]["name"] == "tests"
