@@ -29,9 +29,9 @@ from slm.config.packaging import Interface, Signing
 from slm.digests import read_provenance
 from slm.evaluation.data import read_long_text, read_prompts, read_texts
 from slm.evaluation.measure import Inputs, Measurement, Measuring, request_of
+from slm.exporters import worker
 from slm.exporters.builder import make
 from slm.exporters.graph import Rtn, write
-from slm.exporters.worker import silent
 from slm.records import (
     Checkpoint,
     Evaluation,
@@ -133,6 +133,12 @@ def registry_of_its_own() -> Iterator[None]:
 def called_from_here() -> None:
     """A command keeps for the process where it was called."""
     calling_folder.cache_clear()
+
+
+@pytest.fixture
+def exports_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are made in the test's process; the exporter's own is that of `packaged`."""
+    monkeypatch.setattr("steps.export_onnx.run_worker", worker.export)
 
 
 @pytest.fixture
@@ -295,7 +301,7 @@ def tiny_onnx(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX folder of `tiny`."""
     folder, target = tmp_path_factory.mktemp("tiny-onnx") / "onnx", composed().target
     rtn = Rtn(4, target.builder_options["block_size"], target.builder_options["accuracy_level"])
-    fill = functools.partial(write, quantizer=rtn, said=silent)
+    fill = functools.partial(write, quantizer=rtn, said=worker.silent)
     make(tiny, target, target.precision, folder, fill)
     return folder
 

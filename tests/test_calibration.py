@@ -557,6 +557,7 @@ def test_a_budget_is_kept_and_spent_the_same_way_twice(lettered: Path, tmp_path:
     assert made[:3] == made[3:]
 
 
+@pytest.mark.usefixtures("exports_here")
 def test_a_mixed_exports_provenance_has_the_bits_of_each_linear(
     project: Project, lettered: Path, tmp_path: Path
 ) -> None:
