@@ -19,6 +19,7 @@ from slm.digests import write_provenance
 from slm.errors import InputError, ToldError
 from slm.evaluation.summary import next_lines
 from slm.running.command import split_overrides
+from steps import register
 from tests.conftest import MODEL, TARGET, TINY, Packaged, Project, composed, tracking
 from tests.servers import WITHOUT_JOBS
 
@@ -146,13 +147,13 @@ def test_a_second_run_reuses_everything_and_adds_no_version(packaged: Packaged) 
 
 
 def test_the_same_content_makes_no_second_version_without_the_work_folder(
-    packaged: Packaged, tmp_path: Path
+    packaged: Packaged, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = packaged.client.search_runs(["1"], "attributes.run_name = 'evaluate'")[-1]
     arguments = [f"source=runs:/{source.info.run_id}/result.json", f"paths.work={tmp_path}"]
-    process = packaged.step("register", *arguments)
-    assert process.returncode == 0, process.stderr
-    assert "version 1 holds this content already" in process.stderr
+    with tracking(packaged), caplog.at_level("INFO", "slm"):
+        register.main(composed(*arguments))
+    assert "version 1 holds this content already" in caplog.text
 
 
 def test_main_stops_at_the_first_failure_with_that_steps_error(project: Project) -> None:
