@@ -199,14 +199,19 @@ class Packaged(Project):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put first what needs no packaged model, but for one test: the first worker packages it."""
+    """Put first what needs no packaged model, but for one test: the first worker packages it.
 
-    def rank(item: pytest.Item) -> int:
-        return int("packaged" in getattr(item, "fixturenames", []))
+    Groups, each of which is one worker's, come before single tests, which fill up both workers.
+    """
 
-    items.sort(key=rank)
-    first = next((item for item in items if rank(item)), None)
-    if first is not None:
+    def unit(item: pytest.Item) -> str:
+        group = item.get_closest_marker("xdist_group")
+        return group.args[0] if group else item.nodeid
+
+    needing = [item for item in items if "packaged" in getattr(item, "fixturenames", [])]
+    later = {unit(item) for item in needing}
+    items.sort(key=lambda item: (unit(item) in later, unit(item) == item.nodeid))
+    if first := next((item for item in items if item in needing), None):
         items.remove(first)
         items.insert(0, first)
 
