@@ -15,8 +15,9 @@ setup: $(READY)  ## .venv alone
 run: $(READY)  ## package the default model for the default target
 	PATH="$(BIN):$$PATH" mlflow run . --env-manager local
 
+# Two workers, and what they start, with as many threads as there are cores each only spin against each other.
 test: lint  ## checks, then the tests on the real small model
-	"$(BIN)/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-kills: $(READY)  ## kill -9 at 60 points of the real steps, at each write to the registry, of a server; 20 minutes
 	SLM_KILLS=5 "$(BIN)/python" -m pytest -k killed tests/test_kills.py tests/test_register.py tests/test_rollback.py tests/test_remote.py

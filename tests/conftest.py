@@ -29,9 +29,9 @@ from slm.config.packaging import Interface, Signing
 from slm.digests import read_provenance
 from slm.evaluation.data import read_long_text, read_prompts, read_texts
 from slm.evaluation.measure import Inputs, Measurement, Measuring, request_of
+from slm.exporters import worker
 from slm.exporters.builder import make
 from slm.exporters.graph import Rtn, write
-from slm.exporters.worker import silent
 from slm.records import (
     Checkpoint,
     Evaluation,
@@ -136,6 +136,12 @@ def called_from_here() -> None:
 
 
 @pytest.fixture
+def exports_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are made in the test's process; the exporter's own is that of `packaged`."""
+    monkeypatch.setattr("steps.export_onnx.run_worker", worker.export)
+
+
+@pytest.fixture
 def project(tmp_path: Path) -> Project:
     """An empty project for a test that makes its own mess."""
     create_experiment(tmp_path)
@@ -193,14 +199,19 @@ class Packaged(Project):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put first what needs no packaged model, but for one test: the first worker packages it."""
+    """Put first what needs no packaged model, but for one test: the first worker packages it.
 
-    def rank(item: pytest.Item) -> int:
-        return int("packaged" in getattr(item, "fixturenames", []))
+    Groups, each of which is one worker's, come before single tests, which fill up both workers.
+    """
 
-    items.sort(key=rank)
-    first = next((item for item in items if rank(item)), None)
-    if first is not None:
+    def unit(item: pytest.Item) -> str:
+        group = item.get_closest_marker("xdist_group")
+        return group.args[0] if group else item.nodeid
+
+    needing = [item for item in items if "packaged" in getattr(item, "fixturenames", [])]
+    later = {unit(item) for item in needing}
+    items.sort(key=lambda item: (unit(item) in later, unit(item) == item.nodeid))
+    if first := next((item for item in items if item in needing), None):
         items.remove(first)
         items.insert(0, first)
 
@@ -295,7 +306,7 @@ def tiny_onnx(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX folder of `tiny`."""
     folder, target = tmp_path_factory.mktemp("tiny-onnx") / "onnx", composed().target
     rtn = Rtn(4, target.builder_options["block_size"], target.builder_options["accuracy_level"])
-    fill = functools.partial(write, quantizer=rtn, said=silent)
+    fill = functools.partial(write, quantizer=rtn, said=worker.silent)
     make(tiny, target, target.precision, folder, fill)
     return folder
 

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import requests
 
+# MLflow 3.17 starts eight processes for jobs of its own, which no test asks for.
+WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
 
 class Server:
     """`mlflow server` at an address that it keeps when it is killed and started again."""
@@ -22,8 +25,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
-        # MLflow 3.17 starts eight processes for jobs of its own, which no test asks for.
-        self.environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
+        self.environment = {**WITHOUT_JOBS, **environment}
         self.folder = folder
         self.command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
         self.command += ["--port", str(self.port), "--workers", "1"]

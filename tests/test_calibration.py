@@ -146,16 +146,16 @@ def export(maker: Any, checkpoint: Path, quantizer: graph.Quantizer, folder: Pat
     ],
 )
 def test_an_export_says_what_its_rounded_weights_say_in_torch(
-    maker: Any, kind: str, tiny: Path, smollm2: Path, tmp_path: Path
+    maker: Any, kind: str, lettered: Path, smollm2: Path, tmp_path: Path
 ) -> None:
     """The format agrees, of 4 and 8 bits beside each other in one fused product too."""
     from transformers import AutoModelForCausalLM
 
-    checkpoint = tiny
+    checkpoint = lettered
     if kind == "untied":
         checkpoint = write_tiny(tmp_path / "untied", smollm2, tie_word_embeddings=False)
     if kind == "phi3":
-        checkpoint = write_as_phi3(tmp_path / "phi3", tiny)
+        checkpoint = write_as_phi3(tmp_path / "phi3", lettered)
     int8 = ["v_proj", "0.mlp.down_proj", *(["lm_head"] if kind == "head" else [])]
     block_size = 128 if kind == "wide" else 32  # of 64 inputs
     quantizer = calibrated(checkpoint, tmp_path / "calibrated", *int8, block_size=block_size)
@@ -173,23 +173,23 @@ def test_an_export_says_what_its_rounded_weights_say_in_torch(
     np.testing.assert_allclose(runtime.log_probabilities(tokens), expected, atol=2e-4)
 
 
-def test_a_float16_graph_finds_its_weights_and_answers(tiny: Path, tmp_path: Path) -> None:
-    quantizer = calibrated(tiny, tmp_path / "calibrated", "v_proj")
+def test_a_float16_graph_finds_its_weights_and_answers(lettered: Path, tmp_path: Path) -> None:
+    quantizer = calibrated(lettered, tmp_path / "calibrated", "v_proj")
     target = composed("target=cuda-int4-mixed").target
     write = partial(graph.write, quantizer=quantizer, said=silent)
-    builder.make(tiny, target, target.precision, tmp_path / "onnx", write)
+    builder.make(lettered, target, target.precision, tmp_path / "onnx", write)
     assert np.isfinite(Runtime(tmp_path / "onnx").log_probabilities([5, 6, 7])).all()
 
 
-def test_the_estimate_of_what_int4_harms_is_what_it_harms(tiny: Path, tmp_path: Path) -> None:
+def test_the_estimate_of_what_int4_harms_is_what_it_harms(lettered: Path, tmp_path: Path) -> None:
     """Against the divergence itself, of a model in which one linear alone is rounded."""
     from transformers import AutoModelForCausalLM
 
     rounding = Rounding(4, 32, [])
     (tmp_path / "found").mkdir()
-    decoder = Decoder(tiny, windows(4, 8))
+    decoder = Decoder(lettered, windows(4, 8))
     found = sensitivity(decoder, rounding, tmp_path / "found", lambda _: None)
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(lettered, dtype=torch.float32).eval()
     text = torch.tensor(windows(4, 8))
     with torch.inference_mode():
         whole = torch.log_softmax(model(text).logits, -1)
@@ -209,7 +209,7 @@ def test_the_estimate_of_what_int4_harms_is_what_it_harms(tiny: Path, tmp_path: 
 
 
 def test_a_pass_that_broke_off_at_each_layer_finds_what_a_whole_one_finds(
-    tiny: Path, tmp_path: Path
+    lettered: Path, tmp_path: Path
 ) -> None:
     rounding = Rounding(4, 32, [])
     steps: list[str] = []
@@ -217,16 +217,16 @@ def test_a_pass_that_broke_off_at_each_layer_finds_what_a_whole_one_finds(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    found = sensitivity(Decoder(tiny, windows(4, 2)), rounding, whole, steps.append)
+    found = sensitivity(Decoder(lettered, windows(4, 2)), rounding, whole, steps.append)
     assert len(steps) == 5  # two layers forward, the head, two layers back
 
     for number in range(1, 5):  # the last step is begun, and the one before it is done
         with pytest.raises(KeyboardInterrupt):
             dying = partial(die_at, steps[number])
-            sensitivity(Decoder(tiny, windows(4, 2)), rounding, broken, dying)
-    assert sensitivity(Decoder(tiny, windows(4, 2)), rounding, broken, again.append) == found
+            sensitivity(Decoder(lettered, windows(4, 2)), rounding, broken, dying)
+    assert sensitivity(Decoder(lettered, windows(4, 2)), rounding, broken, again.append) == found
     assert [what(said) for said in again] == [what(steps[-1])]
-    assert sensitivity(Decoder(tiny, windows(4, 2)), rounding, broken, pytest.fail) == found
+    assert sensitivity(Decoder(lettered, windows(4, 2)), rounding, broken, pytest.fail) == found
 
 
 def what(said: str) -> str:
@@ -239,9 +239,9 @@ def die_at(last: str, said: str) -> None:
         raise KeyboardInterrupt
 
 
-def test_a_weight_that_is_not_the_checkpoints_is_refused(tiny: Path, tmp_path: Path) -> None:
-    quantizer = calibrated(tiny, tmp_path / "calibrated")
-    weights = load_file(tiny / "model.safetensors")
+def test_a_weight_that_is_not_the_checkpoints_is_refused(lettered: Path, tmp_path: Path) -> None:
+    quantizer = calibrated(lettered, tmp_path / "calibrated")
+    weights = load_file(lettered / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     weight = weights[name].numpy().copy()
     assert quantizer.quantize(name, weight)
@@ -250,9 +250,9 @@ def test_a_weight_that_is_not_the_checkpoints_is_refused(tiny: Path, tmp_path: P
         quantizer.quantize(name, weight)
 
 
-def test_searched_scales_reach_the_file_as_they_are(tiny: Path, tmp_path: Path) -> None:
-    quantizer = calibrated(tiny, tmp_path / "calibrated", searched=True)
-    weights = load_file(tiny / "model.safetensors")
+def test_searched_scales_reach_the_file_as_they_are(lettered: Path, tmp_path: Path) -> None:
+    quantizer = calibrated(lettered, tmp_path / "calibrated", searched=True)
+    weights = load_file(lettered / "model.safetensors")
     files = [Saved(path, 32) for path in quantizer.folder.glob("*.safetensors")]
     assert sum(len(file.names()) for file in files) == 15
     for file in files:
@@ -262,11 +262,11 @@ def test_searched_scales_reach_the_file_as_they_are(tiny: Path, tmp_path: Path) 
             assert off < 0.2, name
 
 
-def test_equal_layers_keep_the_rounding_of_each(tiny: Path, tmp_path: Path) -> None:
-    weights = load_file(tiny / "model.safetensors")
+def test_equal_layers_keep_the_rounding_of_each(lettered: Path, tmp_path: Path) -> None:
+    weights = load_file(lettered / "model.safetensors")
     for name in [name for name in weights if ".layers.1." in name]:
         weights[name] = weights[name.replace(".1.", ".0.")].clone()
-    checkpoint = write_shallow_copy(tiny, tmp_path / "checkpoint", weights)
+    checkpoint = write_shallow_copy(lettered, tmp_path / "checkpoint", weights)
     quantizer = calibrated(checkpoint, tmp_path / "calibrated")
     name = "model.layers.{}.mlp.up_proj.weight"
     weight = weights[name.format(0)].numpy().copy()
@@ -290,15 +290,15 @@ def write_shallow_copy(checkpoint: Path, folder: Path, weights: dict[str, Any]) 
 
 
 def test_calibration_that_broke_off_goes_on_after_its_last_layer(
-    tiny: Path, tmp_path: Path
+    lettered: Path, tmp_path: Path
 ) -> None:
-    whole = calibrated(tiny, tmp_path / "whole").folder
+    whole = calibrated(lettered, tmp_path / "whole").folder
     folder = tmp_path / "broken"
     folder.mkdir()
     for name in ("head", "0"):
         (folder / f"{name}.safetensors").write_bytes((whole / f"{name}.safetensors").read_bytes())
     before = (folder / "0.safetensors").stat().st_mtime_ns
-    calibrate(Decoder(tiny, windows(2, 2)), Rounding(4, 32, []), folder, lambda _: None)
+    calibrate(Decoder(lettered, windows(2, 2)), Rounding(4, 32, []), folder, lambda _: None)
     assert (folder / "0.safetensors").stat().st_mtime_ns == before
     for name in ("head", "0", "1"):
         file = f"{name}.safetensors"
@@ -535,12 +535,12 @@ def test_what_follows_the_head_is_in_the_predictions(
         torch.testing.assert_close(decoder.predict(decoder.head, seen[0]), whole.logits)
 
 
-def test_a_budget_is_kept_and_spent_the_same_way_twice(tiny: Path, tmp_path: Path) -> None:
+def test_a_budget_is_kept_and_spent_the_same_way_twice(lettered: Path, tmp_path: Path) -> None:
     rounding = Rounding(4, 32, [])
     made = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
-        decoder = Decoder(tiny, windows(2, 2))
+        decoder = Decoder(lettered, windows(2, 2))
         sizes = sizes_of(decoder.linears, 32)
         least, most = (sum(size[i] for size in sizes.values()) for i in (1, 2))
         for share in (0, 0.1, 1):
@@ -557,24 +557,25 @@ def test_a_budget_is_kept_and_spent_the_same_way_twice(tiny: Path, tmp_path: Pat
     assert made[:3] == made[3:]
 
 
+@pytest.mark.usefixtures("exports_here")
 def test_a_mixed_exports_provenance_has_the_bits_of_each_linear(
-    project: Project, tiny: Path, tmp_path: Path
+    project: Project, lettered: Path, tmp_path: Path
 ) -> None:
-    checkpoint = shutil.copytree(tiny, tmp_path / "checkpoint")
+    checkpoint = shutil.copytree(lettered, tmp_path / "checkpoint")
     write_provenance(checkpoint)
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": " ".join(str(number) for number in range(400))}))
-    target = ["target=cpu-int4-mixed-acc-level-4", "target.budget_bits=4.55"]
+    target = ["target=cpu-int4-mixed-acc-level-4", "target.budget_bits=4.8"]
     calibration = [f"export.calibration={text}", "export.calibration_tokens=512"]
     exported = project.call("export_onnx", f"source={checkpoint}", *target, *calibration)
     found = read_provenance(Path(exported.uri)).calibration
-    assert found["budget_bits"] == 4.55 and found["tokens"] == 512
+    assert found["budget_bits"] == 4.8 and found["tokens"] == 512
     bits = {name: each["bits"] for name, each in found["linears"].items()}
     assert set(bits.values()) == {4, 8} and bits["lm_head"] == 4 and len(bits) == 15
     graph = ir.load(Path(exported.uri) / "model.onnx").graph
     products = [node for node in graph if node.op_type == "MatMulNBits"]
     rows = [p.attributes["N"].value for p in products if p.attributes["bits"].value == 8]
-    with safe_open(tiny / "model.safetensors", "np") as file:
+    with safe_open(lettered / "model.safetensors", "np") as file:
         kept = sum(file.get_slice(f"{n}.weight").get_shape()[0] for n in bits if bits[n] == 8)
     assert sum(rows) == kept
 

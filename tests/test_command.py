@@ -10,7 +10,8 @@ from slm.config.common import ROOT
 from slm.errors import InputError
 from slm.running.command import ALIASES, COMMON, hydra_arguments, split_overrides
 from slm.running.hydra_errors import explain
-from tests.conftest import MODEL, Project, composed
+from steps import fetch
+from tests.conftest import MODEL, Project, composed, ended
 
 
 def test_overrides_split_at_spaces_outside_quotes_and_brackets() -> None:
@@ -156,11 +157,12 @@ def test_a_wrong_configuration_leaves_the_mlflow_run_failed_with_that_line(
     assert run.data.tags["exit_code"] == "2"
 
 
-def test_a_name_that_mlflow_refuses_is_refused_at_once(project: Project) -> None:
-    process = project.step("fetch", "model.name=a/b")
-    assert process.returncode == 2
+def test_a_name_that_mlflow_refuses_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(fetch.main, monkeypatch, "model.name=a/b") == 2
     words = "fetch: model.name is 'a/b'; it must be letters, digits, dots, _ and -."
-    assert process.stderr.strip() == words
+    assert capsys.readouterr().err.strip() == words
 
 
 def test_an_undeclared_parameter_is_refused_with_the_valid_ones(project: Project) -> None:
@@ -175,6 +177,15 @@ def test_mlproject_names_what_every_entry_point_takes_besides() -> None:
     assert {*named} == {*COMMON, *ALIASES}
 
 
-def test_help_and_cfg_are_hydras(project: Project) -> None:
-    assert "== Configuration groups ==" in project.step("fetch", "--help").stdout
-    assert "licence: apache-2.0" in project.step("fetch", "--cfg", "job").stdout
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--help"], "== Configuration groups =="), (["--cfg", "job"], "licence: apache-2.0")],
+)
+def test_help_and_cfg_are_hydras(
+    flags: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ended(fetch.main, monkeypatch, *flags) == 0
+    assert words in capsys.readouterr().out

@@ -19,7 +19,9 @@ from slm.digests import write_provenance
 from slm.errors import InputError, ToldError
 from slm.evaluation.summary import next_lines
 from slm.running.command import split_overrides
+from steps import register
 from tests.conftest import MODEL, TARGET, TINY, Packaged, Project, composed, tracking
+from tests.servers import WITHOUT_JOBS
 
 # They read what others of them change: the registry and the report that `main` left.
 pytestmark = pytest.mark.xdist_group("main")
@@ -62,12 +64,12 @@ def printed(packaged: Packaged, name: str) -> str:
 
 
 @contextlib.contextmanager
-def pasted(line: str, folder: Path, path: str) -> Iterator[str]:
+def pasted(line: str, folder: Path, path: str, **variables: str) -> Iterator[str]:
     """The line in a bare shell, in another folder; its address once it answers on that path."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), **variables}
     process = subprocess.Popen(
         ["bash", "-c", line.replace("-p 5001", "") + f" --port {port}"],
         cwd=folder,
@@ -108,7 +110,8 @@ def test_the_printed_serve_line_serves_from_a_bare_shell(
 def test_the_printed_look_line_shows_the_runs_from_a_bare_shell(
     packaged: Packaged, tmp_path: Path
 ) -> None:
-    with pasted(printed(packaged, "Look"), tmp_path, "/health") as address:
+    line = f"{printed(packaged, 'Look')} --workers 1"
+    with pasted(line, tmp_path, "/health", **WITHOUT_JOBS) as address:
         query = "ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=tests"
         found = json.load(urllib.request.urlopen(f"{address}/{query}"))
     assert found["experiment"]["name"] == "tests"
@@ -144,13 +147,13 @@ def test_a_second_run_reuses_everything_and_adds_no_version(packaged: Packaged) 
 
 
 def test_the_same_content_makes_no_second_version_without_the_work_folder(
-    packaged: Packaged, tmp_path: Path
+    packaged: Packaged, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = packaged.client.search_runs(["1"], "attributes.run_name = 'evaluate'")[-1]
     arguments = [f"source=runs:/{source.info.run_id}/result.json", f"paths.work={tmp_path}"]
-    process = packaged.step("register", *arguments)
-    assert process.returncode == 0, process.stderr
-    assert "version 1 holds this content already" in process.stderr
+    with tracking(packaged), caplog.at_level("INFO", "slm"):
+        register.main(composed(*arguments))
+    assert "version 1 holds this content already" in caplog.text
 
 
 def test_main_stops_at_the_first_failure_with_that_steps_error(project: Project) -> None:

@@ -11,6 +11,7 @@ import pytest
 from slm.digests import Provenance, read_provenance
 from slm.errors import InputError
 from slm.evaluation.sanity import end_token_failure
+from slm.exporters import worker
 from slm.exporters.generation import carry_over
 from slm.sources.mend import add_turn_ends, untie_own_head
 from slm_pyfunc.engine.runtime import Runtime
@@ -53,7 +54,9 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     config = composed()
     target = composed("target=cpu-fp32").target
     folder, provenance = tmp_path_factory.mktemp("exported"), read_provenance(checkpoint)
-    return Path(export_onnx(checkpoint, provenance, target, config.export, folder).uri)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("steps.export_onnx.run_worker", worker.export)
+        return Path(export_onnx(checkpoint, provenance, target, config.export, folder).uri)
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from slm.evaluation.measure import Measurement, Measuring
+from slm.evaluation.worker import measure_candidate
 from slm.running.command import split_overrides
-from tests.conftest import TINY, Packaged, tracking
+from tests.conftest import TINY, Packaged, folder_of
 
 
+@pytest.mark.usefixtures("exports_here")
 def test_a_phi3_checkpoint_is_fetched_exported_logged_and_close_to_its_weights(
     packaged: Packaged, phi3: Path, measuring: Measuring, measured_checkpoint: Measurement
 ) -> None:
@@ -23,8 +25,8 @@ def test_a_phi3_checkpoint_is_fetched_exported_logged_and_close_to_its_weights(
     genai_config = json.loads((Path(onnx.uri) / "genai_config.json").read_text())
     assert genai_config["model"]["type"] == "phi3"
     logged = packaged.call("log_pyfunc", *own, f"source={onnx.uri}")
-    with tracking(packaged):
-        found = measuring.measure(logged.models[0], measured_checkpoint).found
+    folder, reference = folder_of(packaged, logged.models[0]), Path(measured_checkpoint.uri)
+    found = measure_candidate(str(folder), measuring.request, reference)
     # The same weights in another architecture's layout are the same model.
     assert not found.failures
     assert found.metrics["chat_template_match"] == found.metrics["stop_token_honoured"] == 1

@@ -335,6 +335,7 @@ def test_memory_is_bounded_by_every_cgroup_above_the_process(
     assert left_in_cgroups(tmp_path) == left
 
 
+@pytest.mark.usefixtures("exports_here")
 def test_a_step_by_itself_that_does_not_fit_makes_nothing(
     lettered: Path, project: Project, machine: Callable[..., None]
 ) -> None:

@@ -588,7 +588,7 @@ def test_a_flipped_byte_is_refused(onnx: Path, tmp_path: Path) -> None:
 
 def test_threads_are_the_cores_that_the_process_may_use() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
-    code += "from slm_pyfunc.engine.cores import available_cores; print(available_cores())"
+    code += "from slm_pyfunc.engine.cores import all_cores; print(all_cores())"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert process.stdout.strip() == "1"
 
@@ -597,9 +597,20 @@ def test_openmps_limit_caps_the_threads(monkeypatch: pytest.MonkeyPatch) -> None
     """Spark sets it to the cores of a task."""
     monkeypatch.setattr("slm_pyfunc.engine.cores.affinity", lambda: list(range(8)))
     monkeypatch.setattr("slm_pyfunc.engine.cores.cpu_quota", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert available_cores() == 6
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert available_cores() == 3
+
+
+@pytest.mark.parametrize("limit", ["1", "64"])
+def test_a_model_that_takes_fewer_than_all_cores_takes_no_turns(
+    tiny_onnx: Path, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slm_pyfunc.engine.cores.affinity", lambda: [0, 1])
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    turns = Runtime(tiny_onnx).scheduler.turn.turn is not None
+    assert turns == (available_cores() == 2)
 
 
 def test_telemetry_is_off_before_the_runtime_is_imported() -> None:

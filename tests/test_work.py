@@ -18,7 +18,8 @@ from slm.errors import UnreachableError, words_for
 from slm.running.run import run_step
 from slm.running.tracking import absolute_uri, calling_folder, mlflow_run, settle_tracking
 from slm.running.work import NotKept, code_digests, keep
-from tests.conftest import Project, composed, tracking
+from steps import fetch
+from tests.conftest import Project, composed, ended, tracking
 
 GONE = "models:/m-1 is gone"
 
@@ -301,7 +302,9 @@ def test_an_experiment_that_another_run_just_made_is_taken(
     mlflow.set_tracking_uri(before)
 
 
-def test_a_work_folder_that_cannot_be_written_is_one_line_with_the_cure(project: Project) -> None:
-    process = project.step("fetch", "paths.work=/sys/nowhere")
-    assert process.returncode == 4
-    assert "Set paths.work to a folder" in process.stderr.splitlines()[-1]
+def test_a_work_folder_that_cannot_be_written_is_one_line_with_the_cure(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tracking(project):
+        assert ended(fetch.main, monkeypatch, "paths.work=/sys/nowhere") == 4
+    assert "Set paths.work to a folder" in capsys.readouterr().err.splitlines()[-1]

@@ -17,13 +17,17 @@ PATIENCE_S = 15.0  # a large model takes as long for a piece of a prompt
 
 
 def available_cores() -> int:
-    """The cores that this process may use: its affinity, capped by the CPU quota of its cgroup.
+    """The cores that models of this process take: all that it may use, or fewer.
 
-    OMP_NUM_THREADS caps them further; Spark sets it to the cores of a task.
+    OMP_NUM_THREADS caps them; Spark sets it to the cores of a task.
     """
-    cores = min(len(affinity()), cpu_quota() or 2**20)
     limit = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(cores, int(limit)) if limit.isdigit() else cores)
+    return max(1, min(all_cores(), int(limit))) if limit.isdigit() else all_cores()
+
+
+def all_cores() -> int:
+    """The cores that this process may use: its affinity, capped by the CPU quota of its cgroup."""
+    return max(1, min(len(affinity()), cpu_quota() or 2**20))
 
 
 def cpu_quota() -> int | None:

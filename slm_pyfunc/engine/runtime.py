@@ -20,7 +20,7 @@ from ..plain import require_text
 from ..settings import PROVIDERS, Settings
 from ..tokenizer import Tokenizer
 from .batch_decoder import BatchDecoder
-from .cores import Turn, available_cores
+from .cores import Turn, all_cores, available_cores
 from .decoder import Decoder, runs_alone
 from .generator_decoder import GeneratorDecoder
 from .lookup import PromptLookup
@@ -83,7 +83,8 @@ class Runtime:
             checked.result()
             self.tokenizer = tokenizer.result()
         settings = self.settings
-        turn = Turn(needed=settings.threads is None and self.execution_provider == "cpu")
+        takes_all = settings.threads is None and available_cores() == all_cores()
+        turn = Turn(needed=takes_all and self.execution_provider == "cpu")
         nameless = self.tokenizer.nameless
         self.scheduler = Scheduler(
             decoder, settings.max_batch_size, settings.max_queue_size, turn, nameless
