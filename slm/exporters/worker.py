@@ -20,13 +20,14 @@ from typing import Any
 from slm.config.packaging import Graph
 from slm.config.target import ExecutionProvider, Quantizer, Target
 from slm.errors import InfrastructureError, StepError, as_user_error, one_line, words_for
-from slm.exporters import builder, dequantized, graph, mobius, optimum, parity
+from slm.exporters import builder, dequantized, graph, mobius, optimum, parity, prompts
 from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
 from slm.exporters.quantizers import MIXED, quantizer_of, require_kept, require_possible
 from slm.records import from_json
 from slm.running.memory import peak_with_children_mb, releasing_mapped
 from slm.running.orphans import end_with_parent
+from slm_pyfunc.engine.decoder import runs_alone
 
 MAKERS = {"genai": builder.make, "mobius": mobius.make, "optimum": optimum.make}
 MARK = "@progress "  # begins the lines that the parent reads
@@ -84,6 +85,8 @@ def export(request: Request) -> Exported:
     maker, agreed, refused = choose(request, checkpoint, Path(request.scratch))
     gc.collect()
     target = request.target
+    if target.prompts:
+        require_batched(Path(request.scratch) / maker)
     save = quantizer = None
     with releasing_mapped(checkpoint):
         if not (target.quantizer is Quantizer.builder and target.precision.bits):
@@ -92,6 +95,9 @@ def export(request: Request) -> Exported:
             reads_floats = isinstance(quantizer, dequantized.PositiveRtn)
             put = dequantized.put if reads_floats else graph.quantize_product
             save = saving(target, quantizer=quantizer, said=say, put=put)
+            if target.prompts and quantizer:
+                midway = target.quantizer.calibrates
+                save = partial(prompts.write, quantizer=quantizer, said=say, midway=midway)
         MAKERS[maker](checkpoint, target, target.precision, onnx, save)
     rounded = require_kept(quantizer) if isinstance(quantizer, Grid) else []
     seconds = round(time.monotonic() - started - agreed.seconds, 1)
@@ -100,6 +106,15 @@ def export(request: Request) -> Exported:
     peak_mb = peak_with_children_mb()
     read = getattr(quantizer, "read", 0)
     return Exported(maker, agreed, refused, seconds, peak_mb, rounded, linears, read)
+
+
+def require_batched(twin: Path) -> None:
+    """Raise StepError where the decoder that runs a graph for prompts does not run the model."""
+    if runs_alone(json.loads((twin / "genai_config.json").read_text())):
+        raise StepError(
+            "target.prompts is int8, and models that change their rotary factors with the length, "
+            "or whose caches grow, are run by one graph: export with target.prompts=null."
+        )
 
 
 def saving(target: Target, **told: Any) -> builder.Save:
