@@ -20,7 +20,6 @@ import numpy as np
 import onnx_ir as ir
 
 from slm.errors import StepError
-from slm.exporters.gptq import unpack
 from slm.exporters.graph import (
     MICROSOFT,
     ROUNDED_AT_ONCE,
@@ -82,6 +81,8 @@ class AlsoInInt8:
 
     def floats_of(self, packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """What a part stands for, float32 [outputs, inputs]."""
+        from slm.exporters.gptq import unpack
+
         values = unpack(packed, self.block_size) * scales[..., None].astype(np.float32)
         return values.reshape(len(packed), -1)
 
@@ -94,10 +95,7 @@ def write(
     midway: bool,
 ) -> None:
     """Write a graph of floats quantized, as graph.py does, and the one for prompts beside it."""
-    ends = {
-        product.name: (str(product.node.inputs[0].name), str(product.node.outputs[0].name))
-        for product in products_of_layers(model.graph)
-    }
+    ends = {product.name: ends_of(product.node) for product in products_of_layers(model.graph)}
     prompt = path.with_name(PROMPT_GRAPH)
     with prompt.with_name(f"{prompt.name}.data").open("wb", buffering=0) as data:
         both = AlsoInInt8(quantizer, set(ends), midway, data)
@@ -114,6 +112,12 @@ def products_of_layers(graph: ir.Graph) -> Iterator[Product]:
     if head is None:
         raise StepError("the graph's head is not found: export with target.prompts=null.")
     yield from (each for each in weights_of_products(graph) if each.node is not head)
+
+
+def ends_of(node: ir.Node) -> tuple[str, str]:
+    """The names of a product's input and output."""
+    assert node.inputs[0] is not None
+    return str(node.inputs[0].name), str(node.outputs[0].name)
 
 
 def in_int8(name: str, weight: np.ndarray, other: np.ndarray | None, data: BinaryIO) -> Int8:
