@@ -85,8 +85,6 @@ def export(request: Request) -> Exported:
     maker, agreed, refused = choose(request, checkpoint, Path(request.scratch))
     gc.collect()
     target = request.target
-    if target.prompts:
-        require_batched(Path(request.scratch) / maker)
     save = quantizer = None
     with releasing_mapped(checkpoint):
         if not (target.quantizer is Quantizer.builder and target.precision.bits):
@@ -144,6 +142,8 @@ def choose(request: Request, checkpoint: Path, folder: Path) -> tuple[str, Parit
             refused[maker] = words_for(error) or f"{type(error).__name__}: {one_line(error)[:300]}"
             continue
         if found.first is None:
+            if request.target.prompts:
+                require_batched(made)
             said = f"{maker}'s graph agrees with transformers over {found.tokens} tokens"
             say(0, 0, f"{said}: KL up to {found.kl_divergence:.1e} nats")
             return maker, found, refused
