@@ -91,6 +91,15 @@ def test_a_prompt_reads_the_same_to_the_bit_however_it_is_cut_and_beside_others(
         assert all(np.array_equal(a, b) for a, b in zip(each, expected, strict=True))
 
 
+def test_a_cpu_that_would_overflow_computes_the_same_to_the_bit(
+    onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = read(opened(onnx), [256])
+    monkeypatch.setattr("slm_pyfunc.engine.batch_decoder.may_overflow", lambda: True)
+    found = read(opened(onnx), [256])
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_prompts_are_read_by_int8_and_answers_by_int4(onnx: Path, tmp_path: Path) -> None:
     alone = shutil.copytree(onnx, tmp_path / "onnx")
     for path in alone.glob(f"{PROMPT_GRAPH}*"):

@@ -4,6 +4,7 @@ import contextlib
 import math
 import mmap
 import os
+import platform
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ class BatchDecoder:
 
     A row's logits are the same to the bit whatever else is in the batch, and whether its prompt was
     cached or not. Only the keys and values of a past answer, which were computed token by token,
-    are rounded differently from a prompt's; with `cache_mb` 0 they are not used.
+    are rounded differently from a prompt's, and by another graph's weights if there is one for
+    prompts; with `cache_mb` 0 they are not used.
     """
 
     takes_drafts = True
@@ -284,8 +286,8 @@ def open_session(path: Path, threads: int, weights: Path | None) -> Any:
     options.log_severity_level = 3
     # Longer than from one token to the next, short enough to leave the cores to others.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
-    # CPUs of AVX2 without VNNI add int8 products in 16 bits, which overflow: in uint8 they do not.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if may_overflow():  # products of uint8 do not, at a fifth of the speed
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if weights:
         options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
     try:
@@ -293,6 +295,17 @@ def open_session(path: Path, threads: int, weights: Path | None) -> Any:
     except Exception as error:  # ONNX Runtime's have no class in common
         reason = " ".join(str(error).split())
         raise RuntimeError(f"ONNX Runtime cannot load {path}: {reason}") from error
+
+
+def may_overflow() -> bool:
+    """Whether the CPU may add products of int8 in 16 bits, which overflow: x86 without VNNI."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux: not known
+        return True
+    return "avx512_vnni" not in flags and "avx_vnni" not in flags
 
 
 @contextlib.contextmanager
