@@ -20,9 +20,9 @@ from typing import Any
 from slm.digests import PROVENANCE, Provenance, digest_file, write_provenance
 from slm.errors import InputError
 from slm.target_name import joined
-from slm_pyfunc.engine.decoder import WEIGHTS_FOLDER
+from slm_pyfunc.engine.decoder import PROMPT_GRAPH, WEIGHTS_FOLDER
 
-WEIGHTS, GRAPH = "weights", "model.onnx"
+WEIGHTS, GRAPHS = "weights", ("model.onnx", PROMPT_GRAPH)
 
 
 def bundle(folders: list[Path], provenances: list[Provenance], into: Path) -> Provenance:
@@ -60,24 +60,30 @@ def bundle(folders: list[Path], provenances: list[Provenance], into: Path) -> Pr
 
 
 def place(folder: Path, into: Path, weights: Path) -> None:
-    """Copy an ONNX folder, whose graph reads its weights from another one."""
+    """Copy an ONNX folder, whose graphs read their weights from another one."""
     import onnx
 
     into.mkdir()
     places: dict[str, str] = {}
-    graph = onnx.load(folder / GRAPH, load_external_data=False)
-    for tensor in tensors_of(graph.graph):
-        for entry in tensor.external_data:
+    for name in graphs_in(folder):
+        graph = onnx.load(folder / name, load_external_data=False)
+        for entry in (e for tensor in tensors_of(graph.graph) for e in tensor.external_data):
             if entry.key == "location":
-                entry.value = places.setdefault(entry.value, moved(folder / entry.value, weights))
-    onnx.save(graph, into / GRAPH)
+                if entry.value not in places:
+                    places[entry.value] = moved(folder / entry.value, weights)
+                entry.value = places[entry.value]
+        onnx.save(graph, into / name)
     for path in folder.iterdir():
-        if path.name not in (GRAPH, PROVENANCE, *places):
+        if path.name not in (*GRAPHS, PROVENANCE, *places):
             shutil.copy(path, into / path.name)
     config = json.loads((into / "genai_config.json").read_text())
     options = config["model"]["decoder"].setdefault("session_options", {})
     options[WEIGHTS_FOLDER] = f"../{weights.name}"
     (into / "genai_config.json").write_text(json.dumps(config, indent=4) + "\n")
+
+
+def graphs_in(folder: Path) -> list[str]:
+    return [name for name in GRAPHS if (folder / name).is_file()]
 
 
 def tensors_of(graph: Any) -> Iterator[Any]:
@@ -109,11 +115,12 @@ def digests_of(bundled: Path, provenance: Provenance) -> dict[str, dict[str, str
             for file, digest in provenance.files.items()
             if file.startswith(f"{name}/")
         }
-        graph = (bundled / name / GRAPH).read_bytes()
+        folder = bundled / name
+        graphs = b"".join((folder / graph).read_bytes() for graph in graphs_in(folder))
         shared = {
             f"../{file}": digest
             for file, digest in provenance.files.items()
-            if file.startswith(f"{WEIGHTS}/") and digest.encode() in graph
+            if file.startswith(f"{WEIGHTS}/") and digest.encode() in graphs
         }
         digests[name] = own | shared
     return digests

@@ -1,4 +1,5 @@
-"""What a target's name says of it: `<device>-<precision>[-<quantizer>][-block-N][-acc-level-N]`.
+"""What a target's name says of it: `<device>-<precision>[-<quantizer>][-block-N][-acc-level-N]
+[-int8-prompts]`.
 
 A registered model bears its target's name, so the name has to be true. Names of other forms may be
 given too: of them, only such words as stand here are held against the target.
@@ -18,18 +19,20 @@ DEVICES = {
 }
 WORDS = {
     "execution_provider": "|".join(DEVICES),
-    "precision": "int4|int8|bf16|fp16|fp32",
+    "precision": r"(?:int4|int8|bf16|fp16|fp32)(?!-prompts)",
     "quantizer": "rtn|grid|mse|gptq|mixed",
     "block_size": r"block-(?P<block>\d+)",
     "accuracy_level": r"acc-level-(?P<level>\d+)",
+    "prompts": "int8-prompts",
 }
-WHOLE = "({})-({})(-({}))?(-{})?(-{})?".format(*WORDS.values())
+WHOLE = "({})-({})(-({}))?(-{})?(-{})?(-{})?".format(*WORDS.values())
 
 
 def said(name: str) -> dict[str, Any]:
     """What the words of a name say, by the fields that they speak of.
 
-    A name of the whole form that has no accuracy level says that it is 0.
+    A name of the whole form that has no accuracy level says that it is 0, and one without prompts
+    that they have no graph of their own.
     """
     found: dict[str, Any] = {}
     for field, words in WORDS.items():
@@ -40,6 +43,10 @@ def said(name: str) -> dict[str, Any]:
     for field in ("block_size", "accuracy_level"):
         if field in found:
             found[field] = int(found[field].rpartition("-")[2])
+    if "prompts" in found:
+        found["prompts"] = found["prompts"].removesuffix("-prompts")
+    if is_whole(name):
+        found.setdefault("prompts", None)
     if is_whole(name) and found["precision"].startswith("int"):
         found.setdefault("accuracy_level", 0)
     return found
@@ -69,6 +76,8 @@ def true_name(target: dict[str, Any]) -> str:
             parts.append(f"block-{target['block_size']}")
         if target["accuracy_level"]:
             parts.append(f"acc-level-{target['accuracy_level']}")
+    if target["prompts"]:
+        parts.append(f"{target['prompts']}-prompts")
     return "-".join(parts)
 
 

@@ -29,6 +29,8 @@ GROUPS = (
 # Endings of what is no key: files, and methods of a `model` in Python.
 NO_KEYS = (
     ".yaml",
+    ".onnx",
+    ".data",
     ".py",
     ".html",
     ".md",

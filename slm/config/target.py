@@ -58,6 +58,12 @@ class Quantizer(enum.Enum):
         return self in (Quantizer.mse, Quantizer.gptq)
 
 
+class Prompts(enum.Enum):
+    """The products of a second graph, which prompts are read by (slm/exporters/prompts.py)."""
+
+    int8 = "int8"
+
+
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits
 # Those that a quantizer can make; the others leave it to the builder.
 PRECISIONS = {
@@ -89,7 +95,7 @@ class Target:
     linears to which `quantizer=gptq` leaves 8 bits, as the checkpoint names them. Of
     `budget_mb` and `budget_bits` one may be given instead: `gptq` then leaves 8 bits to the linears
     that int4 harms most. The budget is what the linears' integers and scales take: 10^6 bytes, or
-    bits for each weight, which suits models of any size.
+    bits for each weight, which suits models of any size. `prompts` asks for a second graph.
     """
 
     name: str = MISSING
@@ -101,6 +107,7 @@ class Target:
     int8: list[str] = field(default_factory=list)
     budget_mb: float | None = None
     budget_bits: float | None = None
+    prompts: Prompts | None = None
     builder_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -146,6 +153,12 @@ class Target:
                 mixing and not mixes,
                 f"{first}, which only target.quantizer=gptq with precision=int4 can heed.",
             ),
+            (
+                self.prompts and not (own and self.execution_provider is ExecutionProvider.cpu),
+                f"target.prompts is int8, which is for int4 and int8 on the CPU, by a quantizer of "
+                f"this project; the target is {self.precision.value} for "
+                f"{self.execution_provider.value}, by {quantizer}.",
+            ),
         ):
             if broken:
                 raise InputError(words)
@@ -189,6 +202,7 @@ class Target:
             "quantizer": quantizer if bits else None,
             "block_size": options.get("block_size", 32) if bits else None,
             "accuracy_level": self.accuracy_level if bits else None,
+            "prompts": self.prompts.value if self.prompts else None,
         }
         if found := untrue(self.name, own):
             raise InputError(

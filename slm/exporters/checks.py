@@ -28,6 +28,9 @@ PROBES = (
 # Nats between a token that is answered and the same that is scored: in pieces of other sizes, with
 # activations in int8, they may be a few tenths apart.
 SAME_LOGPROB = 0.5
+# Nats between the graph for prompts and the other, in the mean of a text's tokens: 0.06 where int4
+# was calibrated and 0.4 where it was not (SmolLM2), 6 or more where one layer's scales are doubled.
+PROMPTS_APART, PROMPTS_TOKENS = 1.0, 256
 SYSTEM = {"role": "system", "content": "Be brief."}
 GREETING = ("Hello", "Hi!", "Who are you?")
 # Turns of user and assistant that have to render as the checkpoint's template renders them, with
@@ -66,7 +69,7 @@ def require_it_generates(onnx: Path, checkpoint: Path, target: Target) -> tuple[
     [[answer]] = runtime.answer([tokens], Parameters(max_tokens=8, logprobs=True))
     if answer.completion_tokens == 0:
         raise StepError(f"{onnx} loads but generates nothing: the export is broken.")
-    scored = runtime.log_probabilities(tokens)[-1]
+    scored = runtime.log_probabilities(tokens, len(tokens))[-1]
     scored[runtime.tokenizer.nameless] = -np.inf  # as no answer may have them
     scored = log_softmax(scored)
     for token, probability, _ in answer.logprobs[:1]:  # none where it ends at once
@@ -78,6 +81,22 @@ def require_it_generates(onnx: Path, checkpoint: Path, target: Target) -> tuple[
     if not np.isfinite(runtime.log_probabilities(runtime.tokenizer.encode("Hello, world!"))).all():
         raise StepError(f"{onnx} loads but its logits are not finite: the export is broken.")
     return provider, differences
+
+
+def require_prompts_agree(onnx: Path, text: str) -> float:
+    """Raise where the graph for prompts says otherwise than the other; their KL divergence."""
+    runtime = Runtime(onnx)
+    tokens = runtime.tokenizer.encode(text)[:PROMPTS_TOKENS]
+    answered, read = (runtime.log_probabilities(tokens, prompt) for prompt in (0, len(tokens)))
+    apart = float((np.exp(answered) * (answered - read)).sum(-1).mean())
+    log.info("export_onnx: the graph for prompts is %.3f nats from the other", apart)
+    if not apart <= PROMPTS_APART:  # NaN is none
+        raise StepError(
+            f"the graph for prompts of {onnx} is {apart:.3g} nats from the other over "
+            f"{len(tokens)} tokens, more than {PROMPTS_APART}: the export is broken, or its int4 "
+            "is far from the checkpoint. Export with target.prompts=null."
+        )
+    return apart
 
 
 def require_same_tokens(runtime: Runtime, checkpoint: Path) -> int:

@@ -14,8 +14,9 @@ import onnx_ir as ir
 
 from slm.config.target import ExecutionProvider, Precision, Quantizer, Target
 from slm.errors import StepError
+from slm.exporters.prompts import INT8_PRODUCT, ZERO_POINT
 from slm.sources.weights import BITS, are_finite, layer_of, read_tensors
-from slm_pyfunc.engine.decoder import LOGITS_TO_KEEP
+from slm_pyfunc.engine.decoder import LOGITS_TO_KEEP, PROMPT_GRAPH
 
 FLOATS = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}
 AT_ONCE = 2**23  # bytes
@@ -73,6 +74,7 @@ def complaints(
     if in_int8 is not None:
         yield from wrong_mixture(model.graph, in_int8)
     yield from wrong_weights(onnx, model.graph)
+    yield from wrong_prompts(onnx, model.graph, target)
 
 
 def wrong_provider(onnx: Path, target: Target) -> Iterator[str]:
@@ -217,6 +219,72 @@ def wrong_mixture(graph: ir.Graph, in_int8: dict[str, int]) -> Iterator[str]:
         if found[layer] != expected[layer]:
             where = f"layer {layer}" if layer else "the head"
             yield f"{where} has {found[layer]} weights in int8; its record says {expected[layer]}"
+
+
+def wrong_prompts(onnx: Path, graph: ir.Graph, target: Target) -> Iterator[str]:
+    """The graph for prompts: there if it should be, and all of the layers' products in int8."""
+    path = onnx / PROMPT_GRAPH
+    if path.is_file() != bool(target.prompts):
+        has = "is there" if path.is_file() else "is missing"
+        yield f"{PROMPT_GRAPH} {has}, and target.prompts is {'int8' if target.prompts else 'null'}"
+    elif target.prompts:
+        prompts = ir.load(path)
+        for complaint in (
+            *wrong_operators(prompts),
+            *wrong_products(prompts.graph, target),
+            *wrong_int8(graph, prompts.graph),
+            *wrong_weights(onnx, prompts.graph),
+        ):
+            yield f"in {PROMPT_GRAPH}, {complaint}"
+
+
+def wrong_int8(graph: ir.Graph, prompts: ir.Graph) -> Iterator[str]:
+    """Products of int8 weights and of uint8 that each token has rounded, and how many outputs."""
+    ends, others = (
+        [(v.name, v.dtype, v.shape) for v in (*g.inputs, *g.outputs)] for g in (graph, prompts)
+    )
+    if ends != others:
+        yield "inputs or outputs are others than the first graph's"
+    for node in prompts.all_nodes():
+        if node.op_type == "MatMulNBits" and layer_of(weight_name(node)):
+            yield f"{node.name} is no product in int8"
+        elif node.op_type == INT8_PRODUCT:
+            factor, weight, one, scales, zero_point = node.inputs
+            by_token = factor.producer() if factor is not None else None
+            if (
+                by_token is None
+                or (by_token.op_type, by_token.attributes.get_int("axis")) != ("QuantizeLinear", 1)
+                or weight is None
+                or weight.dtype is not ir.DataType.INT8
+                or scales is None
+                or (scales.shape or ())[:1] != (weight.shape or ())[1:]
+                or [constant_of(one), constant_of(zero_point)] != [1, ZERO_POINT]
+            ):
+                yield f"{node.name} is no product of int8 weights with uint8 of each token"
+    expected, found = outputs_by_layer(graph), outputs_by_layer(prompts)
+    for layer in sorted(expected.keys() | found.keys()):
+        if expected[layer] != found[layer]:
+            where = f"layer {layer}" if layer else "the head"
+            yield f"{where} has {found[layer]} outputs of products; expected {expected[layer]}"
+
+
+def weight_name(node: ir.Node) -> str:
+    return str(node.inputs[1].name) if node.inputs[1] is not None else ""
+
+
+def constant_of(value: ir.Value | None) -> Any:
+    tensor = value.const_value if value is not None else None
+    return tensor.numpy().item() if tensor is not None else None
+
+
+def outputs_by_layer(graph: ir.Graph) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for node in graph.all_nodes():
+        if node.op_type == "MatMulNBits":
+            found[layer_of(weight_name(node))] += node.attributes.get_int("N", 0)
+        elif node.op_type == INT8_PRODUCT and (weight := node.inputs[1]) is not None:
+            found[layer_of(weight_name(node))] += int(str((weight.shape or (0, 0))[1]))
+    return found
 
 
 def wrong_weights(onnx: Path, graph: ir.Graph) -> Iterator[str]:

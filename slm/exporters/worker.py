@@ -20,13 +20,14 @@ from typing import Any
 from slm.config.packaging import Graph
 from slm.config.target import ExecutionProvider, Quantizer, Target
 from slm.errors import InfrastructureError, StepError, as_user_error, one_line, words_for
-from slm.exporters import builder, dequantized, graph, mobius, optimum, parity
+from slm.exporters import builder, dequantized, graph, mobius, optimum, parity, prompts
 from slm.exporters.grid import Grid
 from slm.exporters.parity import Parity, Twin
 from slm.exporters.quantizers import MIXED, quantizer_of, require_kept, require_possible
 from slm.records import from_json
 from slm.running.memory import peak_with_children_mb, releasing_mapped
 from slm.running.orphans import end_with_parent
+from slm_pyfunc.engine.decoder import runs_alone
 
 MAKERS = {"genai": builder.make, "mobius": mobius.make, "optimum": optimum.make}
 MARK = "@progress "  # begins the lines that the parent reads
@@ -92,6 +93,9 @@ def export(request: Request) -> Exported:
             reads_floats = isinstance(quantizer, dequantized.PositiveRtn)
             put = dequantized.put if reads_floats else graph.quantize_product
             save = saving(target, quantizer=quantizer, said=say, put=put)
+            if target.prompts and quantizer:
+                midway = target.quantizer.calibrates
+                save = partial(prompts.write, quantizer=quantizer, said=say, midway=midway)
         MAKERS[maker](checkpoint, target, target.precision, onnx, save)
     rounded = require_kept(quantizer) if isinstance(quantizer, Grid) else []
     seconds = round(time.monotonic() - started - agreed.seconds, 1)
@@ -100,6 +104,15 @@ def export(request: Request) -> Exported:
     peak_mb = peak_with_children_mb()
     read = getattr(quantizer, "read", 0)
     return Exported(maker, agreed, refused, seconds, peak_mb, rounded, linears, read)
+
+
+def require_batched(twin: Path) -> None:
+    """Raise StepError where the decoder that runs a graph for prompts does not run the model."""
+    if runs_alone(json.loads((twin / "genai_config.json").read_text())):
+        raise StepError(
+            "target.prompts is int8, and models that change their rotary factors with the length, "
+            "or whose caches grow, are run by one graph: export with target.prompts=null."
+        )
 
 
 def saving(target: Target, **told: Any) -> builder.Save:
@@ -129,6 +142,8 @@ def choose(request: Request, checkpoint: Path, folder: Path) -> tuple[str, Parit
             refused[maker] = words_for(error) or f"{type(error).__name__}: {one_line(error)[:300]}"
             continue
         if found.first is None:
+            if request.target.prompts:
+                require_batched(made)
             said = f"{maker}'s graph agrees with transformers over {found.tokens} tokens"
             say(0, 0, f"{said}: KL up to {found.kl_divergence:.1e} nats")
             return maker, found, refused

@@ -14,6 +14,7 @@ from slm.config.target import Precision, Quantizer, Target
 # Bytes of an ONNX folder for each weight: scales and an embedding in more bits included.
 ONNX_BYTES = {4: 0.7, 8: 1.2}
 MIXED_BYTES = 0.22  # more, where a budget or a list leaves some weights 8 bits
+PROMPTS_BYTES = 1.0  # more, for a graph of int8 products
 FLOAT_BYTES = {Precision.fp32: 4.0}
 LIBRARIES_GB = 0.6  # what a process holds that imported torch, transformers and MLflow
 
@@ -54,6 +55,7 @@ def cost_of(step: str, size: Size, config: Config) -> Cost:
     per_weight = ONNX_BYTES.get(precision.bits or 0, FLOAT_BYTES.get(precision, 2.0))
     target = config.target
     per_weight += MIXED_BYTES * (target.mixed or target.quantizer is Quantizer.grid)
+    per_weight += PROMPTS_BYTES * bool(target.prompts)
     onnx, interfaces = weights * per_weight, len(config.log_pyfunc.interfaces)
     logged = onnx * interfaces * max(1, len(config.log_pyfunc.targets))
     costs = {

@@ -1,8 +1,12 @@
 """Many sequences in one ONNX Runtime call, on the CPU."""
 
+import contextlib
 import math
 import mmap
-from collections.abc import Callable
+import os
+import platform
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import numpy as np
 from .decoder import (
     CAPACITY_STEP,
     LOGITS_TO_KEEP,
+    PROMPT_GRAPH,
     PROMPT_PIECE,
     WEIGHTS_FOLDER,
     Row,
@@ -19,6 +24,10 @@ from .decoder import (
     common,
 )
 from .prefixes import Prefixes
+
+NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+SCORES_MB = 256  # what a piece's attention scores may take
+OPENING = threading.Lock()  # the environment is the process's
 
 
 @dataclass
@@ -48,9 +57,13 @@ class BatchDecoder:
     too, and the result is dropped. A row alone is computed beside an empty one where the CPU has
     another kernel for one row, which rounds differently.
 
+    If there is a graph for prompts (slm/exporters/prompts.py), `extend` runs it in place of the
+    decoder's, on the same keys and values.
+
     A row's logits are the same to the bit whatever else is in the batch, and whether its prompt was
     cached or not. Only the keys and values of a past answer, which were computed token by token,
-    are rounded differently from a prompt's; with `cache_mb` 0 they are not used.
+    are rounded differently from a prompt's, and by another graph's weights if there is one for
+    prompts; with `cache_mb` 0 they are not used.
     """
 
     takes_drafts = True
@@ -58,22 +71,15 @@ class BatchDecoder:
     def __init__(
         self, folder: Path, genai_config: dict[str, Any], threads: int, rows: int, cache_mb: float
     ) -> None:
-        import onnxruntime as ort
-
         decoder = genai_config["model"]["decoder"]
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        # Longer than from one token to the next, short enough to leave the cores to others.
-        options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
-        if weights := decoder.get("session_options", {}).get(WEIGHTS_FOLDER):
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(folder / weights))
-        path = str(folder / decoder["filename"])
-        try:
-            self.session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's have no class in common
-            reason = " ".join(str(error).split())
-            raise RuntimeError(f"ONNX Runtime cannot load {path}: {reason}") from error
+        weights = decoder.get("session_options", {}).get(WEIGHTS_FOLDER)
+        told = threads, folder / weights if weights else None
+        with OPENING:
+            self.session = open_session(folder / decoder["filename"], *told)
+        self.prompt_session = self.session
+        if (folder / PROMPT_GRAPH).is_file():
+            with OPENING, attention_at_once(genai_config):
+                self.prompt_session = open_session(folder / PROMPT_GRAPH, *told)
         inputs, outputs = decoder["inputs"], decoder["outputs"]
         self.names = {key: inputs.get(key, key) for key in ("input_ids", "attention_mask")}
         known = {tensor.name: tensor for tensor in self.session.get_inputs()}
@@ -98,7 +104,8 @@ class BatchDecoder:
         self.rows: list[Row] = []
         self.capacity = 0
         self.arrays: list[np.ndarray] = []
-        self.bound: dict[tuple[int, int], Bound] = {}  # by the first row and their number
+        # By the session, the first row and their number.
+        self.bound: dict[tuple[Any, int, int], Bound] = {}
         self.prefixes = Prefixes(int(cache_mb * 1e6))
         self.needs_company = not self.rounds_alike()
 
@@ -125,7 +132,7 @@ class BatchDecoder:
         if len(tokens) == 1 and row.tokens:  # another kernel, which rounds otherwise
             tokens = [row.tokens.pop(), *tokens]
         row.tokens += tokens
-        return self.run([row], np.array([tokens]), last=1)[0, -1]
+        return self.run([row], np.array([tokens]), last=1, session=self.prompt_session)[0, -1]
 
     def extend_by_draft(self, row: Row, tokens: list[int]) -> np.ndarray:
         row.tokens += tokens
@@ -185,29 +192,39 @@ class BatchDecoder:
     def clear(self) -> None:
         self.rows, self.arrays, self.capacity, self.bound = [], [], 0, {}
 
-    def score(self, tokens: list[int]) -> np.ndarray:
+    def score(self, tokens: list[int], prompt: int | None = None) -> np.ndarray:
         self.reserve(len(tokens))
         row, logits = Row(state=len(self.rows)), []
-        # In pieces of equal length: one of a single token would take another kernel.
-        for piece in np.array_split(tokens, -(-len(tokens) // PROMPT_PIECE)):
-            row.tokens += piece.tolist()
-            logits.append(self.run([row], piece[np.newaxis])[0].copy())
+        prompt = len(tokens) // 2 if prompt is None else prompt
+        if self.prompt_session is self.session:
+            prompt = 0
+        for part, session in (
+            (tokens[:prompt], self.prompt_session),
+            (tokens[prompt:], self.session),
+        ):
+            # In pieces of equal length: one of a single token would take another kernel.
+            for piece in np.array_split(part, -(-len(part) // PROMPT_PIECE)) if part else []:
+                row.tokens += piece.tolist()
+                logits.append(self.run([row], piece[np.newaxis], session=session)[0].copy())
         return np.concatenate(logits)
 
-    def run(self, rows: list[Row], ids: np.ndarray, last: int = 0) -> np.ndarray:
-        """Compute `ids` [rows, tokens], the ends of neighbouring rows' tokens.
+    def run(
+        self, rows: list[Row], ids: np.ndarray, last: int = 0, session: Any = None
+    ) -> np.ndarray:
+        """Compute `ids` [rows, tokens], the ends of neighbouring rows' tokens, by `session`.
 
         Returns logits, float32 [rows, tokens, vocabulary], which stay until the next run: where the
         graph can, only those of the `last` tokens, if not 0.
         """
         first, (count, new) = rows[0].state, ids.shape
+        session = session or self.session
         kept = last if last and self.keeps_last else new
         if self.logits.size < count * kept * self.vocabulary_size:
             self.logits = lazy_zeros((count * kept * self.vocabulary_size,), self.logits_type)
             self.bound = {}
-        bound = self.bound.get((first, count))
+        bound = self.bound.get((session, first, count))
         if bound is None:
-            bound = self.bound[first, count] = self.bind(first, count)
+            bound = self.bound[session, first, count] = self.bind(session, first, count)
         lengths = np.array([[len(row.tokens)] for row in rows])
         # Single tokens need no exact mask, and none bound anew at every step.
         width = self.capacity if new == 1 else int(lengths.max())
@@ -219,13 +236,13 @@ class BatchDecoder:
         bound.keep[:] = kept
         if self.positions:
             bound.binding.bind_cpu_input(self.positions, lengths - new + np.arange(new))
-        self.session.run_with_iobinding(bound.binding)
+        session.run_with_iobinding(bound.binding)
         logits = bound.logits
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)
 
-    def bind(self, first: int, count: int) -> Bound:
+    def bind(self, session: Any, first: int, count: int) -> Bound:
         """Bind neighbouring rows of the caches, as inputs and outputs at once."""
-        binding = self.session.io_binding()
+        binding = session.io_binding()
         for (past, present), array in zip(self.caches, self.arrays, strict=True):
             bind(binding.bind_input, past, array[first : first + count])
             bind(binding.bind_output, present, array[first : first + count])
@@ -258,6 +275,56 @@ class BatchDecoder:
     def copy(self, source: int, target: int, length: int) -> None:
         for array in self.arrays:
             array[target, :, :length] = array[source, :, :length]
+
+
+def open_session(path: Path, threads: int, weights: Path | None) -> Any:
+    """A session of a graph, whose weights are in its own folder unless in `weights`."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Longer than from one token to the next, short enough to leave the cores to others.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
+    if may_overflow():  # products of uint8 do not, at a fifth of the speed
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if weights:
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
+    try:
+        return ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's have no class in common
+        reason = " ".join(str(error).split())
+        raise RuntimeError(f"ONNX Runtime cannot load {path}: {reason}") from error
+
+
+def may_overflow() -> bool:
+    """Whether the CPU may add products of int8 in 16 bits, which overflow: x86 without VNNI."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux: not known
+        return True
+    return "avx512_vnni" not in flags and "avx_vnni" not in flags
+
+
+@contextlib.contextmanager
+def attention_at_once(genai_config: dict[str, Any]) -> Iterator[None]:
+    """Open a session whose attention has all scores of a piece in memory, if these are few.
+
+    Prompts below 2,000 tokens are read faster so than by ONNX Runtime's (1.32) flash attention on
+    CPUs, which asks this variable when a session is opened.
+    """
+    model, before = genai_config["model"], os.environ.get(NO_FLASH)
+    heads = model["decoder"]["num_attention_heads"]
+    if heads * PROMPT_PIECE * model["context_length"] * 4 > SCORES_MB * 1e6 or before is not None:
+        yield
+        return
+    os.environ[NO_FLASH] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[NO_FLASH]
 
 
 def numpy_type(onnx_type: str) -> type[np.float32] | type[np.float16]:

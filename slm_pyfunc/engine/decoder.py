@@ -13,6 +13,8 @@ CAPACITY_STEP = 256  # keys and values are allocated for a multiple of so many t
 PROMPT_PIECE = 256  # tokens of a prompt per call; bounds the memory of logits and attention scores
 # The session option, in genai_config.json, of where weights are, relative to its folder.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+# The graph that prompts are read by, where there is one beside the decoder's.
+PROMPT_GRAPH = "prompt.onnx"
 # The input of a graph that says for how many of the last tokens to give logits; 0 means all.
 LOGITS_TO_KEEP = "logits_to_keep"
 LONGROPE_SWITCH = 4096  # tokens; beyond them Phi's LongRoPE graphs use other factors
@@ -66,8 +68,12 @@ class Decoder(Protocol):
     def clear(self) -> None:
         """Give up all rows after an error, and keep nothing of them."""
 
-    def score(self, tokens: list[int]) -> np.ndarray:
-        """Logits after each of the tokens, [tokens, vocabulary]."""
+    def score(self, tokens: list[int], prompt: int | None = None) -> np.ndarray:
+        """Logits after each of the tokens, [tokens, vocabulary].
+
+        The first `prompt` of them are read as a prompt's are, which may be by another graph; half
+        of them if None.
+        """
 
 
 def has_longrope(genai_config: dict[str, Any]) -> bool:

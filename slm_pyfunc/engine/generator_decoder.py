@@ -119,7 +119,7 @@ class GeneratorDecoder:
     def clear(self) -> None:
         """Rows are Generators of their own: nothing is left of them."""
 
-    def score(self, tokens: list[int]) -> np.ndarray:
+    def score(self, tokens: list[int], prompt: int | None = None) -> np.ndarray:
         generator = self.generator(len(tokens) + 1)
         generator.append_tokens(tokens)
         return generator.get_output("logits")[0].astype(np.float32)

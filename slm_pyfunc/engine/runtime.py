@@ -249,11 +249,14 @@ class Runtime:
         self.require_loaded()
         return self.tokenizer.encode_chat(messages, tools, begins)
 
-    def log_probabilities(self, tokens: list[int]) -> np.ndarray:
-        """Natural-log probabilities of the token after each: float32 [tokens, vocabulary]."""
+    def log_probabilities(self, tokens: list[int], prompt: int | None = None) -> np.ndarray:
+        """Natural-log probabilities of the token after each: float32 [tokens, vocabulary].
+
+        The first `prompt` are read as a prompt, by default half of them: the rest as an answer.
+        """
         self.require_loaded()
         with self.scheduler.computing:
-            return log_softmax(self.scheduler.decoder.score(tokens))
+            return log_softmax(self.scheduler.decoder.score(tokens, prompt))
 
 
 def leave_all_to_parent() -> None:
