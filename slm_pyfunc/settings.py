@@ -10,11 +10,11 @@ class Settings:
     """Settings of serving. Raises ValueError for a wrong value.
 
     `threads` is the number of intra-op threads; null takes the cores that the process may use, and
-    models that take all of the machine's take turns. `max_batch_size` sequences are answered at
-    once, `max_queue_size` more may wait. `cache_mb` (10^6 bytes) bounds the keys and values kept of
-    past prompts. `context_length` may lower the model's, in tokens. `prompt_lookup_num_tokens` is
-    how many tokens of an answer that is computed alone may be drafted from what it repeats, 0 for
-    none.
+    models that take more than half of the machine's take turns. `max_batch_size` sequences are
+    answered at once, `max_queue_size` more may wait. `cache_mb` (10^6 bytes) bounds the keys and
+    values kept of past prompts. `context_length` may lower the model's, in tokens.
+    `prompt_lookup_num_tokens` is how many tokens of an answer that is computed alone may be drafted
+    from what it repeats, 0 for none.
     """
 
     threads: int | None = None

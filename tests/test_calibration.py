@@ -27,6 +27,7 @@ from slm.exporters.calibration import (
     calibrate,
     corrected,
     product,
+    quantize_layer,
     sum_of,
 )
 from slm.exporters.calibration_text import (
@@ -287,6 +288,21 @@ def write_shallow_copy(checkpoint: Path, folder: Path, weights: dict[str, Any]) 
     write_shallow(folder, checkpoint)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+@torch.no_grad()
+def test_the_checkpoints_stream_is_its_own_while_its_layer_is_rounded(
+    lettered: Path, tmp_path: Path
+) -> None:
+    decoder = Decoder(lettered, [[n % 90 for n in each] for each in windows(2, 4)])
+    layer, call, whole = decoder.layers[0], decoder.calls[0], decoder.embedded()
+    with decoder.filled(layer):
+        expected = [output_of(call(layer, hidden)) for hidden in whole]
+        file, rounding = Saved(tmp_path / "0", 32), Rounding(4, 32, [])
+        quantize_layer(layer, call, whole, decoder.embedded(), decoder.name_of, rounding, file)
+        rounded = [output_of(call(layer, hidden)) for hidden in decoder.embedded()]
+    assert all(map(torch.equal, whole, expected))
+    assert not any(map(torch.equal, rounded, expected))
 
 
 def test_calibration_that_broke_off_goes_on_after_its_last_layer(

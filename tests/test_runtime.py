@@ -603,14 +603,14 @@ def test_openmps_limit_caps_the_threads(monkeypatch: pytest.MonkeyPatch) -> None
     assert available_cores() == 3
 
 
-@pytest.mark.parametrize("limit", ["1", "64"])
-def test_a_model_that_takes_fewer_than_all_cores_takes_no_turns(
-    tiny_onnx: Path, limit: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("limit", "turns"), [("2", False), ("3", True), ("64", True)])
+def test_models_take_turns_where_two_of_them_want_more_cores_than_there_are(
+    tiny_onnx: Path, limit: str, turns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slm_pyfunc.engine.cores.affinity", lambda: [0, 1])
+    monkeypatch.setattr("slm_pyfunc.engine.cores.affinity", lambda: list(range(4)))
+    monkeypatch.setattr("slm_pyfunc.engine.cores.cpu_quota", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", limit)
-    turns = Runtime(tiny_onnx).scheduler.turn.turn is not None
-    assert turns == (available_cores() == 2)
+    assert (Runtime(tiny_onnx).scheduler.turn.turn is not None) == turns
 
 
 def test_telemetry_is_off_before_the_runtime_is_imported() -> None:

@@ -231,6 +231,8 @@ def quantize_layer(
     first = traced(layer, call, whole[0])
     writers, groups = residual_writers(layer, call, first), groups_of(first.inputs)
     del first
+    if not groups:
+        whole[:] = [output_of(call(layer, hidden)) for hidden in whole]
     # Of the same weights, which the layer's linears lose one by one.
     own_layer = copy.deepcopy(layer, {id(weight): weight for weight in layer.parameters()})
     own_of = dict(zip(layer.modules(), own_layer.modules(), strict=True))
@@ -281,8 +283,11 @@ class Half:
 
         The first token's is a thousand times the others' in many models.
         """
-        weighed = x if normed is None else x / (normed.square().mean(-1, keepdim=True) + TINY)
-        self.moments = self.moments + product(weighed, x)
+        weighed = root = x
+        if normed is not None:
+            each = (normed.square().mean(-1, keepdim=True) + TINY).rsqrt()
+            root, weighed = x * each, x * each.square()
+        self.moments = self.moments + product(root, root)  # positive in any precision
         self.change = self.change + product(own_x - x, weighed)
         if drift is not None:
             self.drift = self.drift + product(drift, weighed)

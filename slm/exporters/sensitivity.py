@@ -199,16 +199,17 @@ def round_once(
 ) -> list[torch.Tensor]:
     """Round a module's linears, each on the inputs that it has; return the module's outputs."""
     moments: dict[nn.Linear, torch.Tensor] = {}
+    groups: dict[nn.Linear, list[nn.Linear]] = {}
     outputs = []
     for x in hidden:
         trace = traced(module, call, x)
         outputs.append(trace.output)
-        groups = groups_of(trace.inputs)
-        for lead, *_ in groups:
-            own = trace.inputs[lead]
+        for linears in groups_of(trace.inputs):
+            lead, own = linears[0], trace.inputs[linears[0]]
+            groups[lead] = linears
             moments[lead] = moments.get(lead, torch.zeros(())) + product(own, own)
-    for linears in groups:
-        inputs = Inputs(moments.pop(linears[0]).numpy())
+    for lead, linears in groups.items():
+        inputs = Inputs(moments.pop(lead).numpy())
         for linear in linears:
             name = names[linear]
             saved.add({name: rounding.round(name, linear.weight, inputs, sweeps=0)})

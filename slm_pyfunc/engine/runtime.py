@@ -83,8 +83,8 @@ class Runtime:
             checked.result()
             self.tokenizer = tokenizer.result()
         settings = self.settings
-        takes_all = settings.threads is None and available_cores() == all_cores()
-        turn = Turn(needed=takes_all and self.execution_provider == "cpu")
+        leaves_room = settings.threads is not None or 2 * available_cores() <= all_cores()
+        turn = Turn(needed=self.execution_provider == "cpu" and not leaves_room)
         nameless = self.tokenizer.nameless
         self.scheduler = Scheduler(
             decoder, settings.max_batch_size, settings.max_queue_size, turn, nameless
