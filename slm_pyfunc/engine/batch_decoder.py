@@ -28,6 +28,10 @@ from .prefixes import Prefixes
 NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 SCORES_MB = 256  # what a piece's attention scores may take
 OPENING = threading.Lock()  # the environment is the process's
+if hasattr(os, "register_at_fork"):  # a child would wait for a thread that it does not have
+    os.register_at_fork(
+        before=OPENING.acquire, after_in_parent=OPENING.release, after_in_child=OPENING.release
+    )
 
 
 @dataclass
