@@ -31,7 +31,7 @@ from slm.errors import InputError
 from slm.exporters import optimum
 from slm.exporters.builder import builder_arguments
 from slm.exporters.calibration_text import read_calibration
-from slm.exporters.checks import require_it_generates, require_prompts_agree
+from slm.exporters.checks import require_it_generates
 from slm.exporters.generation import carry_over
 from slm.exporters.process import WORKER, run_worker
 from slm.exporters.structure import kept_in_int8, require_structure
@@ -100,9 +100,7 @@ def export_onnx(
         notes.append(f"{len(exported.rounded)} weights with rows on no grid are rounded: {names}")
     notes += carry_over(checkpoint, onnx)
     require_structure(onnx, target, kept_in_int8(checkpoint, target, exported.linears))
-    checked_on, differences = require_it_generates(onnx, checkpoint, target)
-    if target.prompts:
-        require_prompts_agree(onnx, request.text)
+    checked_on, differences = require_it_generates(onnx, checkpoint, target, request.text)
     pinned = optimum.versions() if settings.graph is Graph.optimum else {}
     arguments = builder_arguments(target) if exported.graph == "genai" else []
     found = {"read": exported.read, "linears": exported.linears}

@@ -52,7 +52,8 @@ def test_every_architecture_goes_from_fetch_to_a_generated_token(
     onnx = Path(request.onnx)
     carry_over(Path(checkpoint.uri), onnx)
     require_structure(onnx, request.target)
-    assert require_it_generates(onnx, Path(checkpoint.uri), request.target) == ("cpu", 0)
+    found = require_it_generates(onnx, Path(checkpoint.uri), request.target, request.text)
+    assert found == ("cpu", 0)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model["name"])

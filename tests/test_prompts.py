@@ -156,7 +156,7 @@ def test_other_architectures_prompts_are_as_close_as_their_answers(
     checkpoint = write_tiny(tmp_path / "made", tokenizer, architecture, **settings)
     onnx = exported(checkpoint, tmp_path / "onnx")
     require_structure(onnx, target_of())
-    require_prompts_agree(onnx, TEXT)
+    require_prompts_agree(Runtime(onnx), TEXT)
 
 
 def damage(onnx: Path, to: Path, layer: str = "layers.1.", factor: float = 2) -> Path:
@@ -177,9 +177,9 @@ def test_a_damaged_graph_for_prompts_fails_the_export_and_a_gate(
     from transformers import AutoModelForCausalLM
 
     damaged = damage(onnx, tmp_path / "damaged")
-    require_prompts_agree(onnx, TEXT)
+    require_prompts_agree(Runtime(onnx), TEXT)
     with pytest.raises(StepError, match="nats from the other over 256 tokens, more than 1.0"):
-        require_prompts_agree(damaged, TEXT)
+        require_prompts_agree(Runtime(damaged), TEXT)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     with torch.inference_mode():
         logits = model(torch.tensor([TOKENS])).logits[0]

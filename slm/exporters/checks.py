@@ -45,11 +45,14 @@ CHATS = (
 )
 
 
-def require_it_generates(onnx: Path, checkpoint: Path, target: Target) -> tuple[str, int]:
+def require_it_generates(
+    onnx: Path, checkpoint: Path, target: Target, text: str
+) -> tuple[str, int]:
     """Raise unless the model loads, tokenizes as its checkpoint and generates.
 
-    Returns the provider that it did so on, and the tokenizer's differences. Where the target's own
-    provider is absent, the CPU stands in if it can; else the provider is "none".
+    A graph for prompts is held against the other on `text`. Returns the provider that it did so on,
+    and the tokenizer's differences. Where the target's own provider is absent, the CPU stands in if
+    it can; else the provider is "none".
     """
     provider = target.execution_provider.value
     try:
@@ -80,23 +83,23 @@ def require_it_generates(onnx: Path, checkpoint: Path, target: Target) -> tuple[
             )
     if not np.isfinite(runtime.log_probabilities(runtime.tokenizer.encode("Hello, world!"))).all():
         raise StepError(f"{onnx} loads but its logits are not finite: the export is broken.")
+    if target.prompts:
+        require_prompts_agree(runtime, text)
     return provider, differences
 
 
-def require_prompts_agree(onnx: Path, text: str) -> float:
-    """Raise where the graph for prompts says otherwise than the other; their KL divergence."""
-    runtime = Runtime(onnx)
+def require_prompts_agree(runtime: Runtime, text: str) -> None:
+    """Raise where the graph for prompts says otherwise than the other."""
     tokens = runtime.tokenizer.encode(text)[:PROMPTS_TOKENS]
     answered, read = (runtime.log_probabilities(tokens, prompt) for prompt in (0, len(tokens)))
     apart = float((np.exp(answered) * (answered - read)).sum(-1).mean())
     log.info("export_onnx: the graph for prompts is %.3f nats from the other", apart)
     if not apart <= PROMPTS_APART:  # NaN is none
         raise StepError(
-            f"the graph for prompts of {onnx} is {apart:.3g} nats from the other over "
+            f"the graph for prompts of {runtime.folder} is {apart:.3g} nats from the other over "
             f"{len(tokens)} tokens, more than {PROMPTS_APART}: the export is broken, or its int4 "
             "is far from the checkpoint. Export with target.prompts=null."
         )
-    return apart
 
 
 def require_same_tokens(runtime: Runtime, checkpoint: Path) -> int:

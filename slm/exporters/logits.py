@@ -43,9 +43,14 @@ def head_of(graph: ir.Graph) -> ir.Node | None:
 
 
 def constant(graph: ir.Graph, name: str, value: int) -> ir.Value:
-    tensor = ir.Tensor(np.array([value]), name=name)
-    made = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([1]), const_value=tensor
-    )
-    graph.register_initializer(made)
-    return made
+    return initializer(graph, ir.Tensor(np.array([value]), name=name))
+
+
+def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """The graph's initializer of a tensor, by its name."""
+    name = str(tensor.name)
+    if name not in graph.initializers:
+        shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+        value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
+        graph.register_initializer(value)
+    return graph.initializers[name]

@@ -37,7 +37,7 @@ from slm.exporters.graph import (
 from slm.exporters.graph import (
     write as write_quantized,
 )
-from slm.exporters.logits import head_of
+from slm.exporters.logits import head_of, initializer
 from slm_pyfunc.engine.decoder import PROMPT_GRAPH
 
 INT8_PRODUCT = "MatMulIntegerToFloat"
@@ -209,13 +209,3 @@ def zero_points_of_tokens(graph: ir.Graph) -> ir.Value:
 
 def constant(graph: ir.Graph, name: str, array: np.ndarray | np.generic) -> ir.Value:
     return initializer(graph, ir.Tensor(np.asarray(array), name=f"prompt_{name}"))
-
-
-def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """The graph's initializer of a tensor, by its name."""
-    name = str(tensor.name)
-    if name not in graph.initializers:
-        shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-        value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
-        graph.register_initializer(value)
-    return graph.initializers[name]

@@ -85,17 +85,19 @@ def export(request: Request) -> Exported:
     maker, agreed, refused = choose(request, checkpoint, Path(request.scratch))
     gc.collect()
     target = request.target
-    save = quantizer = None
+    save: builder.Save | None = None
+    quantizer = None
     with releasing_mapped(checkpoint):
         if not (target.quantizer is Quantizer.builder and target.precision.bits):
             make = partial(MAKERS[maker], checkpoint)
             quantizer = quantizer_of(request, make, partial(say, 0, 0))
-            reads_floats = isinstance(quantizer, dequantized.PositiveRtn)
-            put = dequantized.put if reads_floats else graph.quantize_product
-            save = saving(target, quantizer=quantizer, said=say, put=put)
             if target.prompts and quantizer:
                 midway = target.quantizer.calibrates
                 save = partial(prompts.write, quantizer=quantizer, said=say, midway=midway)
+            else:
+                reads_floats = isinstance(quantizer, dequantized.PositiveRtn)
+                put = dequantized.put if reads_floats else graph.quantize_product
+                save = saving(target, quantizer=quantizer, said=say, put=put)
         MAKERS[maker](checkpoint, target, target.precision, onnx, save)
     rounded = require_kept(quantizer) if isinstance(quantizer, Grid) else []
     seconds = round(time.monotonic() - started - agreed.seconds, 1)

@@ -199,9 +199,10 @@ class BatchDecoder:
     def score(self, tokens: list[int], prompt: int | None = None) -> np.ndarray:
         self.reserve(len(tokens))
         row, logits = Row(state=len(self.rows)), []
-        prompt = len(tokens) // 2 if prompt is None else prompt
         if self.prompt_session is self.session:
             prompt = 0
+        elif prompt is None:
+            prompt = len(tokens) // 2
         for part, session in (
             (tokens[:prompt], self.prompt_session),
             (tokens[prompt:], self.session),
